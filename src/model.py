@@ -1,0 +1,83 @@
+"""The network of the exercise: a bias-free multilayer perceptron."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+SIZES = (784, 1000, 1000, 500, 200, 10)
+
+
+class NeuralNetwork(nn.Module):
+    """Linear layers fc1 … fcN without biases, a ReLU between them and none on the logits.
+
+    Args:
+        sizes: widths from the input to the logits: two or more whole numbers ≥ 1.
+
+    Raises:
+        ValueError: fewer than two widths, or one below 1.
+
+    Example:
+        >>> sum(weight.numel() for weight in NeuralNetwork().parameters())
+        2386000
+    """
+
+    def __init__(self, sizes: Sequence[int] = SIZES) -> None:
+        super().__init__()
+        if len(sizes) < 2 or min(sizes) < 1:
+            raise ValueError(f"sizes must be two or more whole numbers >= 1, got {tuple(sizes)}")
+        for number, (fan_in, fan_out) in enumerate(pairwise(sizes), start=1):
+            self.add_module(f"fc{number}", nn.Linear(fan_in, fan_out, bias=False))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Widths from the input to the logits, read off the layers."""
+        layers = [layer for layer in self.children() if isinstance(layer, nn.Linear)]
+        return (layers[0].in_features, *(layer.out_features for layer in layers))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of a batch.
+
+        Args:
+            images: (B, …) floats, flattened to (B, sizes[0]).
+
+        Returns:
+            (B, sizes[-1]) logits. No ReLU after the last layer: a logit must be able to be negative.
+        """
+        *hidden, output = self.children()
+        features = images.flatten(1)  # (B, 784)
+        for layer in hidden:
+            features = torch.relu(layer(features))  # (B, 1000), (B, 1000), (B, 500), (B, 200)
+        return output(features)  # (B, 10)
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> Self:
+        """A network whose sizes are read off the shapes, e.g. ``from_state_dict(torch.load(path))``.
+
+        Args:
+            state: ``fc1.weight`` … ``fcN.weight``, each (out, in), each layer's in the out of the one before.
+
+        Raises:
+            ValueError: other names, shapes that do not chain, weights that are not floating point or not finite.
+        """
+        names = [f"fc{number}.weight" for number in range(1, len(state) + 1)]
+        if not state or set(state) != set(names):
+            raise ValueError(
+                f"not a NeuralNetwork: expected fc1.weight, fc2.weight, ..., got {', '.join(map(str, state))}"
+            )
+        weights = [state[name] for name in names]
+        for name, weight in zip(names, weights, strict=True):
+            if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
+                raise ValueError(f"{name} must be a floating-point matrix (out, in)")
+            if not weight.isfinite().all():
+                raise ValueError(f"{name} has NaN or infinite weights")
+        for (before, weight), (after, following) in pairwise(zip(names, weights, strict=True)):
+            if following.shape[1] != weight.shape[0]:
+                raise ValueError(
+                    f"{after} takes {following.shape[1]} inputs, but {before} has {weight.shape[0]} units"
+                )
+        model = cls((weights[0].shape[1], *(weight.shape[0] for weight in weights)))
+        model.load_state_dict(dict(state))
+        return model
