@@ -60,7 +60,7 @@ class NeuralNetwork(nn.Module):
             state: ``fc1.weight`` … ``fcN.weight``, each (out, in), each layer's in the out of the one before.
 
         Raises:
-            ValueError: other names, shapes that do not chain, weights that are not floating point or not finite.
+            ValueError: other names, shapes that do not chain, weights not floating point or not finite.
         """
         names = [f"fc{number}.weight" for number in range(1, len(state) + 1)]
         if not state or set(state) != set(names):
@@ -75,9 +75,7 @@ class NeuralNetwork(nn.Module):
                 raise ValueError(f"{name} has NaN or infinite weights")
         for (before, weight), (after, following) in pairwise(zip(names, weights, strict=True)):
             if following.shape[1] != weight.shape[0]:
-                raise ValueError(
-                    f"{after} takes {following.shape[1]} inputs, but {before} has {weight.shape[0]} units"
-                )
+                raise ValueError(f"{after} takes {following.shape[1]} inputs, but {before} has {weight.shape[0]} units")
         model = cls((weights[0].shape[1], *(weight.shape[0] for weight in weights)))
         model.load_state_dict(dict(state))
         return model

@@ -1,19 +1,60 @@
-"""Small functions that the other files share: whole-or-nothing file writes, seeds, devices, tables, plots."""
+"""Small functions that the other files share: files, the process and its messages, the machine.
+
+torch is imported inside the functions that need it: train.py uses the others before that slow import.
+"""
 
 import contextlib
+import json
 import os
+import platform
+import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    import torch
+
+written: list[Path] = []  # every file that this process has written, the latest last
+
+
+# ── files ──
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make a folder, see that it can be written to, and remove what killed runs left half written in it.
+
+    Raises:
+        OSError: it cannot be made or written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+    for leftover in folder.glob(".*.tmp"):
+        writer = leftover.name.split(".")[-3]
+        if os.name == "posix" and writer.isdigit() and not _is_alive(int(writer)):
+            leftover.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's, so there is one
+        pass
+    return True
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Write a file whole or not at all.
 
-    Yields the name of a temporary file in the same folder. When the block ends well it takes the place of `path`, after
-    its bytes have reached the disk; when it raises, it is removed and `path` stays what it was. A killed process leaves
-    its temporary file behind, for `prepare_folder` to remove.
+    Yields the name of a temporary file in the same folder. When the block ends well it takes the place of `path`,
+    after its bytes have reached the disk; when it raises, it is removed and `path` stays what it was. A killed
+    process leaves its temporary file behind, for `prepare_folder` to remove.
 
     Args:
         path: the file to write; its folder must exist.
@@ -32,6 +73,125 @@ def atomic_write(path: Path) -> Iterator[Path]:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
+        written.append(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, whole or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+# ── the process and its messages ──
+
+
+def say(text: str) -> None:
+    """Print a line or more at once, whatever the terminal or the pipe makes of it."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(text.encode(encoding, "replace").decode(encoding), flush=True)
+    except BrokenPipeError:  # `| head` has seen enough; the run goes on for the sake of its files
+        silence()
+
+
+def silence() -> None:
+    """Drop all that is printed from now on."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def fail(status: int, error: object) -> int:
+    """Say in one line on stderr what went wrong; returns the exit status."""
+    rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+    print(f"train.py: error: {rank}{' '.join(str(error).split())}", file=sys.stderr)
+    return status
+
+
+def stop_on_signals() -> None:
+    """From now on end at SIGINT and SIGTERM with a line that says what was written, and the shells' exit status."""
+
+    def stop(number: int, frame: object) -> NoReturn:
+        kept = [shown(path) for path in dict.fromkeys(written) if path.exists()]
+        sys.stderr.write(
+            f"\ntrain.py: stopped; {'written: ' + ', '.join(kept) if kept else 'nothing was written yet'}\n"
+        )
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+
+
+def shown(path: Path) -> str:
+    """A path as people read it: from the working directory where it lies below it."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+# ── machine ──
+
+
+def pick_device(name: str) -> "torch.device":
+    """The device for "auto", "cpu" or "cuda".
+
+    Raises:
+        ValueError: "cuda" where there is none.
+    """
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device here; --device cpu runs everywhere")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def pick_precision(name: str, device: "torch.device") -> "torch.dtype":
+    """The type of the training passes for "auto", "bf16" or "fp32".
+
+    "auto" is bf16 where the hardware multiplies it natively: elsewhere it is emulated and slower than fp32.
+    """
+    import torch
+
+    if name == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # there is no public name for them
+            native = any(getattr(torch.cpu, probe, bool)() for probe in probes)
+        name = "bf16" if native else "fp32"
+    return torch.bfloat16 if name == "bf16" else torch.float32
+
+
+def versions(device: "torch.device") -> dict[str, str | int]:
+    """What a number depends on beside the settings: versions, hardware, threads."""
+    import numpy
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):  # Linux alone has this file, and there platform.processor() is empty
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def l2(weight: "torch.Tensor") -> "torch.Tensor":
+    """L2 norm of every unit.
+
+    Args:
+        weight: (out, …), one row a unit.
+
+    Returns:
+        (out,) norms.
+    """
+    import torch
+
+    return torch.linalg.vector_norm(weight.flatten(1), dim=1)

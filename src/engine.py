@@ -1,0 +1,134 @@
+"""Training and evaluation: one epoch at a time, over batches that are already on the model's device."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from prune import apply_masks
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim.lr_scheduler import LRScheduler
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+class Engine:
+    """Trains and evaluates a classifier.
+
+    Args:
+        model: maps images (B, …) to logits (B, classes).
+        optimizer: over the model's parameters; needed for training alone.
+        scheduler: stepped once a batch.
+        masks: parameter name → mask, as `prune.find_masks` returns them: pruned weights are put back to zero after
+            every step, whatever momentum and weight decay do to them.
+        precision: of the training passes; torch.bfloat16 runs them under autocast. Weights stay as they are.
+        unit_lasso: strength λ ≥ 0 of the pull on the L2 norm of every hidden unit.
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> engine = Engine(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> batches = [(torch.eye(2), torch.tensor([0, 1]))]
+        >>> for epoch in range(100):
+        ...     accuracy = engine.train_epoch(batches)
+        >>> engine.evaluate(batches)
+        1.0
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        scheduler: LRScheduler | None = None,
+        masks: Mapping[str, Tensor] | None = None,
+        precision: torch.dtype = torch.float32,
+        unit_lasso: float = 0.0,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.masks = masks
+        self.precision = precision
+        self.unit_lasso = unit_lasso
+        weights = [weight for weight in model.parameters() if weight.dim() > 1]
+        self.hidden_weights = weights[:-1]  # the units of the output layer are the classes
+
+    @staticmethod
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats.
+
+        Args:
+            logits: (B, classes), any float type; computed in float32.
+            targets: (B,) class numbers.
+        """
+        return functional.cross_entropy(logits.float(), targets)
+
+    def train_epoch(self, batches: Batches) -> float:
+        """One pass over the batches.
+
+        Args:
+            batches: pairs of images (B, …) and class numbers (B,); B may differ from batch to batch.
+
+        Returns:
+            Accuracy in [0, 1] over all samples, each as it was classified in its own training pass.
+
+        Raises:
+            FloatingPointError: the loss became NaN or infinite.
+            ValueError: no optimizer, or no batches.
+        """
+        if self.optimizer is None:
+            raise ValueError("training needs an optimizer: Engine(model, optimizer)")
+        self.model.train()
+        counts = []  # left on the device: reading one would make the CPU wait for every step
+        losses = []
+        samples = 0
+        for images, targets in batches:
+            with torch.autocast(images.device.type, self.precision, enabled=self.precision != torch.float32):
+                logits = self.model(images)  # (B, classes)
+            loss = self.loss(logits, targets)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self._step(self.optimizer)
+            samples += len(targets)
+            counts.append((logits.detach().argmax(1) == targets).sum())
+            losses.append(loss.detach())
+        if samples == 0:
+            raise ValueError("there are no batches to train on")
+        if not torch.stack(losses).isfinite().all():
+            raise FloatingPointError("the loss became NaN or infinite; the learning rate is probably too high")
+        return int(torch.stack(counts).sum()) / samples
+
+    def _step(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.step()
+        if self.unit_lasso:
+            self._pull(optimizer.param_groups[0]["lr"])
+        if self.scheduler is not None:
+            self.scheduler.step()
+        if self.masks is not None:
+            apply_masks(self.model, self.masks)
+
+    @torch.no_grad()
+    def _pull(self, learning_rate: float) -> None:
+        """Proximal step of the group lasso: every hidden unit's norm shrinks by lr · λ, and no further than 0."""
+        for weight in self.hidden_weights:
+            norm = weight.norm(dim=1, keepdim=True)  # (out, 1)
+            weight.mul_((1 - learning_rate * self.unit_lasso / norm).clamp_(min=0))
+
+    @torch.inference_mode()
+    def evaluate(self, batches: Batches) -> float:
+        """Accuracy in [0, 1] over all samples, computed in the model's own precision with dropout off.
+
+        Args:
+            batches: pairs of images (B, …) and class numbers (B,); B may differ from batch to batch.
+
+        Raises:
+            ValueError: no batches.
+        """
+        self.model.eval()
+        counts = []
+        samples = 0
+        for images, targets in batches:
+            counts.append((self.model(images).argmax(1) == targets).sum())
+            samples += len(targets)
+        if samples == 0:
+            raise ValueError("there are no batches to evaluate")
+        return int(torch.stack(counts).sum()) / samples

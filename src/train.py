@@ -1,0 +1,391 @@
+"""Train a network, prune copies of it at every k %, plot accuracy against sparsity: `python src/train.py`."""
+
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import utils
+from config import Config, parse_config
+from utils import say
+
+if __name__ == "__main__":  # before torch, whose import takes two seconds: a flag and Ctrl-C are answered at once
+    utils.stop_on_signals()
+    parse_config()
+
+import compress
+import prune
+import torch
+from torch import Tensor, distributed, nn
+from tqdm import tqdm
+
+import results
+from data import Batches, DataError, Dataset, load
+from engine import Engine
+from model import NeuralNetwork
+from results import CostRow, Row
+
+EVALUATION_BATCH = 2000  # images
+COST_BATCHES = (1, 256)  # images
+
+
+class SettingError(ValueError):
+    """A setting that can be refused only when the machine and the network are known."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all networks of a run share."""
+
+    config: Config
+    dataset: Dataset
+    device: torch.device
+    precision: torch.dtype  # of the training passes
+
+    @property
+    def kind(self) -> str:
+        """What the results are of. All file names bear it, so that no result is taken for another's."""
+        return self.dataset.name + ("_holdout" if self.config.holdout else "")
+
+    @property
+    def tested(self) -> str:
+        """What the accuracy is measured on."""
+        return "Held-out" if self.config.holdout else "Testing"
+
+    def evaluate(self, model: nn.Module) -> float:
+        """Accuracy in [0, 1] on the test (or held-out) images."""
+        return Engine(model).evaluate(Batches(self.dataset.test_images, self.dataset.test_labels, EVALUATION_BATCH))
+
+    def circumstances(self) -> dict[str, Any]:
+        """Everything that the numbers depend on beside the seed, as plain values that JSON can hold."""
+        settings = {name: value for name, value in asdict(self.config).items() if name not in ("seed", "seeds")}
+        settings |= {"dataset": self.dataset.name, "device": self.device.type, "precision": str(self.precision)}
+        return json.loads(json.dumps({"settings": settings, "versions": utils.versions(self.device)}, default=str))
+
+
+# ── the story ──
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the whole job.
+
+    Args:
+        argv: the arguments, without the program's name; None takes those of the process.
+
+    Returns:
+        The exit status: 0 done, 1 it could not be done, 2 a setting that this machine or network does not have.
+
+    Raises:
+        SystemExit: 2 for a bad setting, 0 after `--help`.
+    """
+    config = parse_config(argv)
+    utils.written.clear()
+    with warnings.catch_warnings():
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # one line, for people
+        try:
+            run(config)
+        except SettingError as error:
+            return utils.fail(2, error)
+        except (DataError, OSError, ValueError, ArithmeticError, MemoryError) as error:
+            return utils.fail(1, error)
+        except torch.OutOfMemoryError:
+            return utils.fail(1, "the GPU is out of memory: try a smaller --batch-size, or --device cpu")
+    return 0
+
+
+def run(config: Config) -> None:
+    """Settings, data, networks, results."""
+    rank, ranks = _join_ranks()
+    device = _allowed(utils.pick_device, config.device)
+    for folder in (config.models, config.plots):
+        utils.prepare_folder(folder)
+    dataset = load(config.dataset, config.inputs, holdout=config.holdout, device=device)
+    job = Run(config, dataset, device, utils.pick_precision(config.precision, device))
+    _announce(job)
+
+    parts: list[list[Row]] = []  # one a seed
+    for seed in range(config.seed + rank, config.seed + config.seeds, ranks):
+        parts.append(_resume(job, seed) or _one_network(job, seed))
+    rows = [row for part in _gather(parts, ranks) for row in part]
+    if rank == 0:
+        _report(job, rows)
+        for done in _unfinished(job, "*"):
+            done.unlink(missing_ok=True)
+        say("wrote " + ", ".join(utils.shown(path) for path in utils.written if path.exists()))
+        _warn_of_fallback(job)
+
+
+def _announce(job: Run) -> None:
+    config, dataset = job.config, job.dataset
+    _warn_of_fallback(job)
+    say(
+        f"{dataset.name}: {len(dataset.train_labels):,} training and {len(dataset.test_labels):,} {job.tested.lower()}"
+        f" images; {utils.versions(job.device)['hardware']}, {torch.get_num_threads()} threads; training in"
+        f" {str(job.precision).removeprefix('torch.')}; seed {config.seed}"
+        + (f" to {config.seed + config.seeds - 1}" if config.seeds > 1 else "")
+    )
+    say(f"k %: {' '.join(f'{k:g}' for k in config.k)}")
+
+
+def _one_network(job: Run, seed: int) -> list[Row]:
+    """Train (or load) one network and sweep it; from the first one, make what else was asked for."""
+    config, started = job.config, time.perf_counter()
+    if config.seeds > 1:
+        say(f"seed {seed}, {seed - config.seed + 1} of {config.seeds}")
+    model, dense = _train_network(job, seed) if config.model is None else _load_network(job, config.model)
+    trained = time.perf_counter()
+    methods = ["weight", "unit"] + (["random_weight", "random_unit"] if config.random_baseline else [])
+    rows = [row for method in methods for row in _sweep(job, model, dense, method, seed)]
+    say(f"trained in {trained - started:.1f} s, swept in {time.perf_counter() - trained:.1f} s")
+    if seed == config.seed:
+        for method, k in config.keep:
+            _keep(job, model, method, k)
+        if config.costs:
+            _report_costs(job, model, rows)
+    _remember(job, seed, rows)
+    return rows
+
+
+# ── networks ──
+
+
+def _train_network(job: Run, seed: int) -> tuple[nn.Module, float]:
+    """A trained network and its test accuracy in [0, 1]. The first one is saved."""
+    config = job.config
+    torch.manual_seed(seed)
+    model = NeuralNetwork().to(job.device)
+    _introduce(job, model, first=seed == config.seed)
+    epochs = _train(job, model, config.epochs, config.learning_rate, seed, unit_lasso=config.unit_lasso)
+    for epoch, training in enumerate(epochs, start=1):
+        dense = job.evaluate(model)
+        accuracies = f"Training Set Accuracy: {training:.2%}, {job.tested} Set Accuracy: {dense:.2%}"
+        say(f"Epoch:{epoch}/{config.epochs}, {accuracies}")
+    if seed == config.seed:
+        path = config.models / f"{job.kind}_model.bin"
+        with utils.atomic_write(path) as temporary, temporary.open("wb") as file:
+            torch.save({name: weight.cpu() for name, weight in model.state_dict().items()}, file)
+        accuracy = {"training_percent": 100 * training, f"{job.tested.lower()}_percent": 100 * dense}
+        utils.write_json(path.with_suffix(".json"), {"seed": seed, "accuracy": accuracy, **job.circumstances()})
+    return model, dense
+
+
+def _train(
+    job: Run, model: nn.Module, epochs: int, learning_rate: float, seed: int, *,
+    masks: Mapping[str, Tensor] | None = None, unit_lasso: float = 0.0,
+) -> Iterator[float]:  # fmt: skip
+    """Train with Adam on a one-cycle schedule; yields the training accuracy in [0, 1] after every epoch."""
+    batch_size = job.config.batch_size or (256 if job.dataset.name == "mnist" else 64)
+    order = torch.Generator().manual_seed(seed)
+    batches = Batches(job.dataset.train_images, job.dataset.train_labels, batch_size, order)
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=epochs * len(batches))
+    engine = Engine(model, optimizer, scheduler=schedule, masks=masks, precision=job.precision, unit_lasso=unit_lasso)
+    for epoch in range(1, epochs + 1):
+        bar = tqdm(batches, f"epoch {epoch}/{epochs}", leave=False, disable=None)  # None: only on a terminal
+        try:
+            yield engine.train_epoch(bar)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"stopped after epoch {epoch}/{epochs}: {error}") from error
+
+
+def _load_network(job: Run, path: Path) -> tuple[nn.Module, float]:
+    """The network in a model file, and its test accuracy in [0, 1]."""
+    try:
+        model = NeuralNetwork.from_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except OSError:
+        raise
+    except Exception as error:  # torch.load has no exception of its own for a file that it cannot read
+        raise ValueError(f"{path} is not a model file of this project: {error}") from error
+    if (model.sizes[0], model.sizes[-1]) != (784, 10):
+        raise ValueError(f"{path} holds a network from {model.sizes[0]} to {model.sizes[-1]} values, not 784 to 10")
+    _introduce(job, model, first=True)
+    dense = job.evaluate(model.to(job.device))
+    say(f"{path}: {job.tested} Set Accuracy: {dense:.2%}")
+    return model, dense
+
+
+def _introduce(job: Run, model: nn.Module, *, first: bool) -> None:
+    _allowed(lambda skip: prune.find_masks(model, "weight", 0.0, skip=skip), job.config.skip)
+    if first:
+        say(str(model))
+
+
+# ── pruning ──
+
+
+def _sweep(job: Run, model: nn.Module, dense: float, method: str, seed: int) -> list[Row]:
+    """Prune copies of a network at every k, measure them, and retrain them if that was asked for."""
+    config = job.config
+    kept: list[int] = []
+
+    def score(pruned: nn.Module) -> float:
+        small = compress.shrink(pruned)  # the same logits, sooner
+        kept.append(_count(small))
+        return job.evaluate(compress.to_sparse(small))
+
+    def retrain(pruned: nn.Module, masks: Mapping[str, Tensor]) -> None:
+        if method.endswith("unit"):  # retrained as the smaller network that it is, which needs no masks
+            for name, layer in compress.shrink(pruned).named_children():
+                setattr(pruned, name, layer)
+            masks = {}
+        for _ in _train(job, pruned, config.finetune_epochs, config.learning_rate / 3, seed, masks=masks):
+            pass
+
+    points = prune.sweep(
+        model, method, [k / 100 for k in config.k], score, scope=config.scope, skip=config.skip,
+        generator=torch.Generator().manual_seed(seed), retrain=retrain if config.finetune_epochs else None,
+    )  # fmt: skip
+    scores = len(kept) // len(points)  # a point: a retrained one has two
+    return [
+        Row(
+            seed, method, config.scope, k, 100 * point.achieved, weights, 100 * point.score,
+            None if point.retrained_score is None else 100 * point.retrained_score,
+        )
+        for k, point, weights in zip(config.k, points, kept[::scores], strict=True)
+    ]  # fmt: skip
+
+
+def _count(model: nn.Module) -> int:
+    return sum(int(weight.count_nonzero()) for weight in model.parameters())
+
+
+def _keep(job: Run, model: nn.Module, method: str, k: float) -> None:
+    """Save one pruned network, shrunk and compressed."""
+    config = job.config
+    small = compress.shrink(prune.prune_model(model, method, k / 100, scope=config.scope, skip=config.skip))
+    path = config.models / f"{job.kind}_{method}_{k:g}.bin"
+    info = {
+        "method": method, "k_percent": k, "accuracy_percent": 100 * job.evaluate(small), "weights_kept": _count(small),
+        "dense_bytes": compress.stored_bytes(model), **job.circumstances(),
+    }  # fmt: skip
+    compress.save_compressed(small, path, info)
+
+
+def _measure_costs(job: Run, model: nn.Module, row: Row) -> Iterator[CostRow]:
+    """What the network of one row costs, in each form that suits it, at each batch size."""
+    config = job.config
+    pruned = prune.prune_model(model, row.method, row.k_percent / 100, scope=config.scope, skip=config.skip)
+    small = compress.shrink(pruned)
+    size = compress.stored_bytes(small)
+    forms = {"shrunk": small} if row.method == "unit" else {"dense": pruned, "sparse": compress.to_sparse(small)}
+    for batch_size in COST_BATCHES:
+        batch = job.dataset.test_images[:batch_size]
+        for form, network in forms.items():
+            taken = compress.latency(network, batch)
+            cost = (form, size, batch_size, 1e3 * taken.median, 1e3 * taken.iqr)
+            yield CostRow(row.method, row.k_percent, row.accuracy_percent, *cost)
+
+
+# ── results ──
+
+
+def _report(job: Run, rows: list[Row]) -> None:
+    """Table, facts, CSV and plots of all seeds."""
+    say(results.format_table(rows))
+    say(results.format_facts(rows))
+    seeds = len({row.seed for row in rows})
+    title = _title(job) + (f", mean of {seeds} seeds; bands: ± one sample standard deviation" if seeds > 1 else "")
+    results.write_csv(_plot_path(job, "accuracy_sparsity.csv"), rows)
+    results.save_figure(_plot_path(job, "accuracy_sparsity.png"), results.plot_accuracy_sparsity(rows, title))
+    results.save_figure(_plot_path(job, "accuracy_weights.png"), results.plot_accuracy_weights(rows, title))
+
+
+def _report_costs(job: Run, model: nn.Module, rows: list[Row]) -> None:
+    """Measure what every pruned network costs; write and draw it."""
+    say("measuring file sizes and latencies ...")
+    plain = [row for row in rows if row.method in ("weight", "unit")]
+    costs = [cost for row in plain for cost in _measure_costs(job, model, row)]
+    hardware, threads = utils.versions(job.device)["hardware"], torch.get_num_threads()
+    title = f"{_title(job)}, one network (seed {job.config.seed}) on {hardware}, {threads} threads; bars: quartiles"
+    results.write_csv(_plot_path(job, "cost_sparsity.csv"), costs)
+    results.save_figure(_plot_path(job, "cost_sparsity.png"), results.plot_cost_sparsity(costs, title))
+    for batch_size in COST_BATCHES:
+        k = results.break_even(costs, batch_size)
+        say(f"batch {batch_size}: sparse kernels " + ("do not pay" if k is None else f"pay from k = {k:g} % on"))
+
+
+def _title(job: Run) -> str:
+    return f"{job.dataset.name.replace('mnist', 'MNIST')}, {len(job.dataset.test_labels):,} {job.tested.lower()} images"
+
+
+def _plot_path(job: Run, name: str) -> Path:
+    return job.config.plots / (name if job.kind == "mnist" else f"{job.kind}_{name}")
+
+
+def _warn_of_fallback(job: Run) -> None:
+    if job.dataset.fallback_reason:
+        say("*** These are NOT MNIST results: the bundled digits took its place. ***\n" + job.dataset.fallback_reason)
+
+
+# ── seeds: a file each until the run is whole, so that a killed run goes on where it was ──
+
+
+def _unfinished(job: Run, seed: int | str) -> list[Path]:
+    return list((job.config.plots / ".unfinished").glob(f"{job.kind}_seed{seed}.json"))
+
+
+def _remember(job: Run, seed: int, rows: list[Row]) -> None:
+    folder = job.config.plots / ".unfinished"
+    utils.prepare_folder(folder)
+    whole = {"circumstances": job.circumstances(), "rows": [asdict(row) for row in rows]}
+    utils.write_json(folder / f"{job.kind}_seed{seed}.json", whole)
+
+
+def _resume(job: Run, seed: int) -> list[Row]:
+    """What a killed run in the same circumstances left of a seed, if anything; any other's is removed."""
+    for path in _unfinished(job, seed):
+        try:
+            left = json.loads(path.read_text(encoding="utf-8"))
+            if left["circumstances"] == job.circumstances() and job.config.model is None:
+                rows = [Row(**row) for row in left["rows"]]
+                say(f"seed {seed} is taken from {utils.shown(path)}: a run with the same settings was stopped after it")
+                return rows
+        except (ValueError, KeyError, TypeError):
+            pass
+        path.unlink(missing_ok=True)
+    return []
+
+
+# ── ranks ──
+
+
+def _join_ranks() -> tuple[int, int]:
+    """This process's rank and how many there are: (0, 1) unless torchrun started it. Only rank 0 speaks."""
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if ranks == 1:
+        return 0, 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    # Ranks meet only at the end, perhaps hours apart. When one dies, torchrun ends the others.
+    distributed.init_process_group(timeout=timedelta(days=7))
+    rank = distributed.get_rank()
+    if rank:
+        utils.silence()
+    return rank, ranks
+
+
+def _gather(parts: list[list[Row]], ranks: int) -> list[list[Row]]:
+    """The rows of all ranks in the order of their seeds, on rank 0."""
+    if ranks == 1:
+        return parts
+    gathered: list[list[list[Row]]] = [[] for _ in range(ranks)]
+    distributed.gather_object(parts, gathered if distributed.get_rank() == 0 else None)
+    distributed.destroy_process_group()
+    return sorted((part for one in gathered for part in one), key=lambda part: part[0].seed)
+
+
+def _allowed(choose: Callable[[Any], Any], setting: Any) -> Any:
+    try:
+        return choose(setting)
+    except ValueError as error:
+        raise SettingError(error) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
