@@ -143,10 +143,9 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
         prog="train.py", allow_abbrev=False,
         description="Train a network, prune copies of it at every k %, and plot accuracy against sparsity.",
     )  # fmt: skip
-    groups: dict[str, argparse._ArgumentGroup] = {}
+    groups = {name: parser.add_argument_group(name) for name in ("data", "training", "pruning", "results")}
     for setting in fields(Config):
-        name = setting.metadata["group"]
-        _add_flag(groups.setdefault(name, parser.add_argument_group(name)), setting)
+        _add_flag(groups[setting.metadata["group"]], setting)
     given = vars(parser.parse_args(argv))
     if "model" in given:
         idle = sorted({"epochs", "unit_lasso", "seeds"} & given.keys())

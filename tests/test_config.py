@@ -1,0 +1,90 @@
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from config import K_PERCENT, Config, parse_config
+
+
+def test_defaults_are_those_of_the_exercise():
+    config = parse_config([])
+    assert config == Config()
+    assert (config.epochs, config.seed, config.seeds, config.scope, config.skip) == (10, 0, 1, "layer", None)
+    assert config.k == K_PERCENT == (0, 25, 50, 60, 70, 75, 80, 85, 90, 92.5, 95, 97.5, 99)
+    assert config.inputs == ROOT / "inputs"
+
+
+def test_every_setting_has_a_flag_with_help(capsys):
+    with pytest.raises(SystemExit) as ending:
+        parse_config(["--help"])
+    assert ending.value.code == 0
+    text = capsys.readouterr().out
+    for name in Config.__dataclass_fields__:
+        assert re.search(rf"^  --{name.replace('_', '-')}\b.*\n? +\w", text, re.MULTILINE)
+    assert "(default: 0.003)" in text
+
+
+def test_k_is_sorted_each_once_and_with_the_dense_network():
+    assert parse_config(["--k", "90", "50", "90", "1e1"]).k == (0, 10, 50, 90)
+
+
+def test_skip_names_layers_or_none():
+    assert parse_config(["--skip", "fc1", "fc5"]).skip == ("fc1", "fc5")
+    assert parse_config(["--skip"]).skip == ()
+
+
+def test_keep_can_be_repeated():
+    assert parse_config(["--keep", "weight:90", "--keep", "unit:62.5"]).keep == (("weight", 90.0), ("unit", 62.5))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--epochs 0", "--epochs: must be a whole number from 1"),
+        ("--epochs -1", "--epochs: must be a whole number from 1"),
+        ("--epochs x", "--epochs: must be a whole number from 1"),
+        ("--epochs 1.5", "--epochs: must be a whole number from 1"),
+        ("--batch-size 0", "--batch-size: must be a whole number from 1"),
+        ("--seed -1", "--seed: must be a whole number from 0"),
+        ("--seeds 0", "--seeds: must be a whole number from 1"),
+        ("--seed 99999999999999999999", "--seed: must be a whole number from 0 to"),
+        ("--k 101", "--k: must be a number from 0 to 100"),
+        ("--k -1", "--k: must be a number from 0 to 100"),
+        ("--k nan", "--k: must be a number from 0 to 100"),
+        ("--k", "--k: expected at least one"),
+        ("--learning-rate 0", "--learning-rate: must be a number > 0"),
+        ("--learning-rate inf", "--learning-rate: must be a number > 0"),
+        ("--unit-lasso -1", "--unit-lasso: must be a number >= 0"),
+        ("--finetune-epochs -1", "--finetune-epochs: must be a whole number from 0"),
+        ("--dataset cifar", "--dataset: invalid choice: 'cifar'"),
+        ("--precision fp8", "--precision: invalid choice: 'fp8'"),
+        ("--scope all", "--scope: invalid choice: 'all'"),
+        ("--keep neuron:50", "--keep: must be weight:K or unit:K"),
+        ("--keep unit", "--keep: must be a number from 0 to 100"),
+        ("--model m.bin --seeds 3", "--seeds has no effect with --model"),
+        ("--model m.bin --epochs 3", "--epochs has no effect with --model"),
+        ("--epoch 3", "unrecognized arguments: --epoch"),
+        ("extra", "unrecognized arguments: extra"),
+    ],
+)
+def test_a_bad_setting_gets_one_line_and_exit_code_2(flags, words, capsys):
+    with pytest.raises(SystemExit) as ending:
+        parse_config(flags.split())
+    assert ending.value.code == 2
+    message = capsys.readouterr().err
+    assert words in message
+    assert message.count("\n") == 1
+
+
+def test_help_does_not_wait_for_torch():
+    # Only what the interpreter imports before the flags are read: torch would take seconds.
+    code = (
+        "import runpy, sys; sys.argv = ['train.py', '--help']; sys.path.insert(0, 'src')\n"
+        "try: runpy.run_path('src/train.py', run_name='__main__')\n"
+        "except SystemExit: sys.exit('torch' in sys.modules)\n"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    assert "--learning-rate" in answer.stdout

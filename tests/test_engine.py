@@ -1,0 +1,134 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import prune
+from engine import Engine
+from model import NeuralNetwork
+
+
+def some_batches(*lengths: int, width: int = 8, classes: int = 3) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(torch.randn(length, width), torch.randint(classes, (length,))) for length in lengths]
+
+
+def hits(model: nn.Module, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> int:
+    return sum(int((model(images).argmax(1) == targets).sum()) for images, targets in batches)
+
+
+def test_accuracy_counts_samples_so_that_a_ragged_last_batch_does_not_skew_it():
+    batches = some_batches(100, 100, 1)
+    model = NeuralNetwork((8, 5, 3))
+    # The lone sample is made right, the others as they fall: a mean of batch accuracies would be far off.
+    batches[-1] = (batches[-1][0], model(batches[-1][0]).argmax(1))
+    assert Engine(model).evaluate(batches) == hits(model, batches) / 201
+
+
+def test_training_accuracy_is_over_all_samples_of_the_epoch():
+    batches = some_batches(60, 60, 7)
+    model = NeuralNetwork((8, 5, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # the weights stay, so that the count can be repeated
+    assert Engine(model, optimizer).train_epoch(batches) == hits(model, batches) / 127
+
+
+def test_an_epoch_is_what_a_plain_loop_does():
+    batches = some_batches(16, 16, 5)
+    model = NeuralNetwork((8, 5, 3))
+    twin = copy.deepcopy(model)
+    Engine(model, torch.optim.Adam(model.parameters(), lr=0.01)).train_epoch(batches)
+    optimizer = torch.optim.Adam(twin.parameters(), lr=0.01)
+    for images, targets in batches:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(twin(images), targets).backward()
+        optimizer.step()
+    for weight, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(weight, expected)
+
+
+def test_the_schedule_steps_once_a_batch():
+    model = NeuralNetwork((8, 5, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    Engine(model, optimizer, scheduler=schedule).train_epoch(some_batches(4, 4, 2))
+    assert optimizer.param_groups[0]["lr"] == 0.125
+
+
+def test_evaluation_turns_dropout_off_and_training_on():
+    model = nn.Sequential(nn.Linear(8, 50), nn.Dropout(0.9), nn.Linear(50, 3))
+    engine = Engine(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    batches = some_batches(200)
+    assert engine.evaluate(batches) == engine.evaluate(batches)
+    assert not model.training
+    engine.train_epoch(batches)
+    assert model.training
+
+
+def test_bf16_passes_leave_the_weights_and_the_evaluation_in_fp32():
+    seen = []
+    model = NeuralNetwork((8, 5, 3))
+    model.fc1.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    engine = Engine(model, torch.optim.SGD(model.parameters(), lr=0.1), precision=torch.bfloat16)
+    engine.train_epoch(some_batches(8))
+    engine.evaluate(some_batches(8))
+    assert seen == [torch.bfloat16, torch.float32]
+    assert all(weight.dtype == torch.float32 for weight in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["weight", "unit"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda weights: torch.optim.SGD(weights, lr=0.05, momentum=0.9),
+        lambda weights: torch.optim.Adam(weights, lr=0.01, weight_decay=1e-3),
+        lambda weights: torch.optim.AdamW(weights, lr=0.01, weight_decay=0.1),
+    ],
+)
+def test_masks_hold_pruned_weights_at_zero_for_50_steps(method, make):
+    model = NeuralNetwork((8, 20, 10, 3))
+    optimizer = make(model.parameters())
+    engine = Engine(model, optimizer)
+    engine.train_epoch(some_batches(8, 8))  # momentum that points away from zero
+    masks = prune.find_masks(model, method, 0.5)
+    prune.apply_masks(model, masks)
+    before = copy.deepcopy(model.state_dict())
+    engine.masks = masks
+    engine.train_epoch(some_batches(*[8] * 50))
+    for name, mask in masks.items():
+        weight = model.get_parameter(name)
+        assert not mask.all() and (weight[~mask] == 0).all()
+        assert (weight[mask] != before[name][mask]).any()
+
+
+def test_unit_lasso_is_the_proximal_step_on_every_hidden_unit():
+    model = NeuralNetwork((8, 5, 3)).double()
+    with torch.no_grad():
+        model.fc1.weight[0] *= 1e-6  # shorter than the step: must end at zero, not beyond
+        model.fc1.weight[1] = 0  # already there: must not become NaN
+    before = copy.deepcopy(model.state_dict())
+    # Targets of an empty gradient: the loss's own step is nothing, so what is left is the pull.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = Engine(model, optimizer, unit_lasso=0.5)
+    optimizer.zero_grad()
+    engine._step(optimizer)
+    for row, old in zip(model.fc1.weight, before["fc1.weight"], strict=True):
+        norm = max(float(old.norm()) - 0.1 * 0.5, 0)
+        torch.testing.assert_close(row, old * (norm / float(old.norm()) if norm else 0))
+    assert torch.equal(model.fc2.weight, before["fc2.weight"])
+
+
+def test_divergence_is_told():
+    model = NeuralNetwork((8, 5, 3))
+    engine = Engine(model, torch.optim.SGD(model.parameters(), lr=1e30))
+    with pytest.raises(FloatingPointError, match="learning rate"):
+        engine.train_epoch(some_batches(8, 8, 8))
+
+
+def test_what_is_missing_is_named():
+    model = NeuralNetwork((8, 5, 3))
+    with pytest.raises(ValueError, match="needs an optimizer"):
+        Engine(model).train_epoch(some_batches(8))
+    with pytest.raises(ValueError, match="no batches"):
+        Engine(model).evaluate([])
+    with pytest.raises(ValueError, match="no batches"):
+        Engine(model, torch.optim.SGD(model.parameters(), lr=1.0)).train_epoch([])

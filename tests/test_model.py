@@ -1,0 +1,64 @@
+import pytest
+import torch
+from torch import nn
+
+from model import NeuralNetwork
+
+
+def test_it_is_the_network_of_the_exercise():
+    model = NeuralNetwork()
+    assert str(model) == (
+        "NeuralNetwork(\n"
+        "  (fc1): Linear(in_features=784, out_features=1000, bias=False)\n"
+        "  (fc2): Linear(in_features=1000, out_features=1000, bias=False)\n"
+        "  (fc3): Linear(in_features=1000, out_features=500, bias=False)\n"
+        "  (fc4): Linear(in_features=500, out_features=200, bias=False)\n"
+        "  (fc5): Linear(in_features=200, out_features=10, bias=False)\n"
+        ")"
+    )
+    assert sum(weight.numel() for weight in model.parameters()) == 2_386_000
+    assert model.sizes == (784, 1000, 1000, 500, 200, 10)
+
+
+def test_it_computes_relu_between_layers_and_none_on_the_logits():
+    model = NeuralNetwork((4, 6, 5, 3)).double()
+    images = torch.randn(7, 2, 2).double()
+    with torch.no_grad():
+        features = images.reshape(7, 4).numpy()
+        for layer in (model.fc1, model.fc2):
+            features = (features @ layer.weight.numpy().T).clip(min=0)
+        expected = features @ model.fc3.weight.numpy().T
+        logits = model(images)
+    assert (expected < 0).any()
+    torch.testing.assert_close(logits, torch.from_numpy(expected))
+
+
+def test_sizes_are_read_off_a_state_dict(tmp_path):
+    model = NeuralNetwork((784, 3, 2, 10))
+    torch.save(model.state_dict(), tmp_path / "model.bin")
+    loaded = NeuralNetwork.from_state_dict(torch.load(tmp_path / "model.bin", weights_only=True))
+    assert loaded.sizes == model.sizes
+    images = torch.rand(5, 784)
+    assert torch.equal(loaded(images), model(images))
+
+
+@pytest.mark.parametrize("sizes", [(), (3,), (3, 0), (3, -1, 2)])
+def test_bad_sizes_are_refused(sizes):
+    with pytest.raises(ValueError, match="two or more whole numbers >= 1"):
+        NeuralNetwork(sizes)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({}, "expected fc1.weight"),
+        (nn.Linear(2, 2).state_dict(), "expected fc1.weight"),
+        ({"fc1.weight": torch.ones(2, 3, dtype=torch.int64)}, "fc1.weight must be a floating-point matrix"),
+        ({"fc1.weight": torch.ones(2)}, "fc1.weight must be a floating-point matrix"),
+        ({"fc1.weight": torch.full((2, 3), torch.nan)}, "fc1.weight has NaN"),
+        ({"fc1.weight": torch.ones(2, 3), "fc2.weight": torch.ones(2, 3)}, "fc2.weight takes 3 inputs.*has 2 units"),
+    ],
+)
+def test_other_state_dicts_are_refused(state, message):
+    with pytest.raises(ValueError, match=message):
+        NeuralNetwork.from_state_dict(state)
