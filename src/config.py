@@ -36,6 +36,7 @@ def _number(accepts: Callable[[float], bool], wanted: str) -> Callable[[str], fl
 
 
 _percent = _number(lambda value: 0 <= value <= 100, "from 0 to 100 (in %)")
+_fraction = _number(lambda value: 0 <= value <= 1, "from 0 to 1")
 _positive = _number(lambda value: 0 < value < math.inf, "> 0, and finite")
 _not_negative = _number(lambda value: 0 <= value < math.inf, ">= 0, and finite")
 
@@ -69,6 +70,12 @@ class Config:
         None, "training", "images a step (default: 256 for MNIST, 64 for digits)", type=_whole(1)
     )
     learning_rate: float = _setting(3e-3, "training", "peak of the one-cycle schedule", type=_positive)
+    weight_decay: float = _setting(
+        2e-4, "training", "L2 penalty, added to the gradient as in Adam's weight_decay", type=_not_negative
+    )
+    label_smoothing: float = _setting(
+        0.1, "training", "share of every target that is spread over all classes", type=_fraction
+    )
     unit_lasso: float = _setting(
         0.0, "training", "strength of the group lasso on the L2 norm of every hidden unit; 0 is off", type=_not_negative
     )
@@ -148,7 +155,7 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
         _add_flag(groups[setting.metadata["group"]], setting)
     given = vars(parser.parse_args(argv))
     if "model" in given:
-        idle = sorted({"epochs", "unit_lasso", "seeds"} & given.keys())
+        idle = [name for name in ("epochs", "unit_lasso", "seeds") if name in given]
         if idle:
             parser.error(f"--{idle[0].replace('_', '-')} has no effect with --model, which takes the place of training")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}

@@ -206,7 +206,7 @@ def _download(packed: str, failed: dict[str, str]) -> bytes:
 
 
 def _fetch(url: str) -> bytes:
-    """The bytes at `url`; TimeoutError when too few come within `TIMEOUT`.
+    """The bytes at `url`; DataError when it fails or too few come within `TIMEOUT`.
 
     A socket's own timeout leaves out the name look-up, starts anew for each address of the host, and never ends
     for a server that trickles. So a thread does the transfer, and is left behind if it stalls.
@@ -220,8 +220,8 @@ def _fetch(url: str) -> bytes:
                 while chunk := response.read1(2**16):
                     received.extend(chunk)
             whole.set_result(bytes(received))
-        except Exception as error:
-            whole.set_exception(error)
+        except Exception as error:  # handed on as words: kept, it would keep its socket open
+            whole.set_exception(DataError(_why(error)))
 
     threading.Thread(target=transfer, daemon=True).start()
     while True:
@@ -230,7 +230,7 @@ def _fetch(url: str) -> bytes:
             return whole.result(TIMEOUT)
         except TimeoutError:
             if len(received) - before < SLOWEST * TIMEOUT:
-                raise TimeoutError(f"silent or too slow for {TIMEOUT:g} s") from None
+                raise DataError(f"silent or too slow for {TIMEOUT:g} s") from None
 
 
 def _verified(data: bytes, md5: str) -> bytes:

@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Mapping
 
 import torch
-from prune import apply_masks
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import LRScheduler
+
+from prune import apply_masks
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -21,6 +22,7 @@ class Engine:
         masks: parameter name → mask, as `prune.find_masks` returns them: pruned weights are put back to zero after
             every step, whatever momentum and weight decay do to them.
         precision: of the training passes; torch.bfloat16 runs them under autocast. Weights stay as they are.
+        label_smoothing: share of every target that is spread over all classes, in [0, 1], in training alone.
         unit_lasso: strength λ ≥ 0 of the pull on the L2 norm of every hidden unit.
 
     Example:
@@ -41,6 +43,7 @@ class Engine:
         scheduler: LRScheduler | None = None,
         masks: Mapping[str, Tensor] | None = None,
         precision: torch.dtype = torch.float32,
+        label_smoothing: float = 0.0,
         unit_lasso: float = 0.0,
     ) -> None:
         self.model = model
@@ -48,19 +51,19 @@ class Engine:
         self.scheduler = scheduler
         self.masks = masks
         self.precision = precision
+        self.label_smoothing = label_smoothing
         self.unit_lasso = unit_lasso
         weights = [weight for weight in model.parameters() if weight.dim() > 1]
         self.hidden_weights = weights[:-1]  # the units of the output layer are the classes
 
-    @staticmethod
-    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats.
 
         Args:
             logits: (B, classes), any float type; computed in float32.
             targets: (B,) class numbers.
         """
-        return functional.cross_entropy(logits.float(), targets)
+        return functional.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing)
 
     def train_epoch(self, batches: Batches) -> float:
         """One pass over the batches.
@@ -72,7 +75,7 @@ class Engine:
             Accuracy in [0, 1] over all samples, each as it was classified in its own training pass.
 
         Raises:
-            FloatingPointError: the loss became NaN or infinite.
+            FloatingPointError: the loss or a weight became NaN or infinite.
             ValueError: no optimizer, or no batches.
         """
         if self.optimizer is None:
@@ -93,8 +96,8 @@ class Engine:
             losses.append(loss.detach())
         if samples == 0:
             raise ValueError("there are no batches to train on")
-        if not torch.stack(losses).isfinite().all():
-            raise FloatingPointError("the loss became NaN or infinite; the learning rate is probably too high")
+        if not all(values.isfinite().all() for values in (torch.stack(losses), *self.model.parameters())):
+            raise FloatingPointError("the loss or a weight became NaN or infinite: the learning rate is too high")
         return int(torch.stack(counts).sum()) / samples
 
     def _step(self, optimizer: torch.optim.Optimizer) -> None:

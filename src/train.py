@@ -1,5 +1,6 @@
 """Train a network, prune copies of it at every k %, plot accuracy against sparsity: `python src/train.py`."""
 
+import contextlib
 import json
 import os
 import sys
@@ -20,11 +21,11 @@ if __name__ == "__main__":  # before torch, whose import takes two seconds: a fl
     parse_config()
 
 import compress
-import prune
 import torch
 from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
+import prune
 import results
 from data import Batches, DataError, Dataset, load
 from engine import Engine
@@ -33,6 +34,7 @@ from results import CostRow, Row
 
 EVALUATION_BATCH = 2000  # images
 COST_BATCHES = (1, 256)  # images
+UNFINISHED = ".unfinished"  # folder below the plots
 
 
 class SettingError(ValueError):
@@ -117,6 +119,8 @@ def run(config: Config) -> None:
         _report(job, rows)
         for done in _unfinished(job, "*"):
             done.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # none there, or another run's are left in it
+            (config.plots / UNFINISHED).rmdir()
         say("wrote " + ", ".join(utils.shown(path) for path in utils.written if path.exists()))
         _warn_of_fallback(job)
 
@@ -183,9 +187,13 @@ def _train(
     batch_size = job.config.batch_size or (256 if job.dataset.name == "mnist" else 64)
     order = torch.Generator().manual_seed(seed)
     batches = Batches(job.dataset.train_images, job.dataset.train_labels, batch_size, order)
-    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
+    decay = job.config.weight_decay
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, weight_decay=decay, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=epochs * len(batches))
-    engine = Engine(model, optimizer, scheduler=schedule, masks=masks, precision=job.precision, unit_lasso=unit_lasso)
+    engine = Engine(
+        model, optimizer, scheduler=schedule, masks=masks, precision=job.precision,
+        label_smoothing=job.config.label_smoothing, unit_lasso=unit_lasso,
+    )  # fmt: skip
     for epoch in range(1, epochs + 1):
         bar = tqdm(batches, f"epoch {epoch}/{epochs}", leave=False, disable=None)  # None: only on a terminal
         try:
@@ -327,11 +335,11 @@ def _warn_of_fallback(job: Run) -> None:
 
 
 def _unfinished(job: Run, seed: int | str) -> list[Path]:
-    return list((job.config.plots / ".unfinished").glob(f"{job.kind}_seed{seed}.json"))
+    return list((job.config.plots / UNFINISHED).glob(f"{job.kind}_seed{seed}.json"))
 
 
 def _remember(job: Run, seed: int, rows: list[Row]) -> None:
-    folder = job.config.plots / ".unfinished"
+    folder = job.config.plots / UNFINISHED
     utils.prepare_folder(folder)
     whole = {"circumstances": job.circumstances(), "rows": [asdict(row) for row in rows]}
     utils.write_json(folder / f"{job.kind}_seed{seed}.json", whole)

@@ -1,0 +1,652 @@
+"""data.py against real files, real faults, and a real server on loopback that answers well, badly or never."""
+
+import contextlib
+import doctest
+import gzip
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import data
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL_RAW = ROOT / "inputs" / "MNIST" / "raw"
+REAL_MD5S = dict(data.MNIST_FILES)
+
+
+# ── stand-ins for the four files, and a mirror that serves them ──
+
+
+def make_files(train: int, test: int) -> dict[str, bytes]:
+    """Four small files in MNIST's format: a header, then bytes."""
+    random = np.random.default_rng(7)
+    files = {}
+    for name in REAL_MD5S:
+        count = train if name.startswith("train") else test
+        shape = (count, 28, 28) if "images" in name else (count,)
+        header = np.array([0x0800 + len(shape), *shape], ">i4").tobytes()
+        files[name] = header + random.integers(0, 256 if len(shape) > 1 else 10, shape, np.uint8).tobytes()
+    return files
+
+
+def md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def pack(files: dict[str, bytes]) -> dict[str, bytes]:
+    return {f"{name}.gz": gzip.compress(content, 1) for name, content in files.items()}
+
+
+FILES = make_files(train=24, test=6)
+PACKED = pack(FILES)
+IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+
+
+class Mirror(BaseHTTPRequestHandler):
+    """Serves ``/BEHAVIOR/NAME``."""
+
+    def do_GET(self):
+        _, behavior, name = self.path.split("/")
+        self.server.asked.append((behavior, name))
+        body = self.server.files[name]
+        if behavior == "404":
+            self.send_error(404)
+        elif behavior == "silent":
+            self.server.closing.wait()
+        elif behavior == "page":
+            self.answer(b"<!DOCTYPE html><html><body>Please log in to this network</body></html>", "text/html")
+        elif behavior == "half":
+            self.answer(body[: len(body) // 2])
+        elif behavior == "hangup":
+            self.answer(body[: len(body) // 2], length=len(body))
+        elif behavior == "flipped":
+            self.answer(flip(body))
+        elif behavior == "trickle":
+            self.answer(b"", length=len(body))
+            while not self.server.closing.wait(0.02):
+                self.wfile.write(b"x")
+        elif behavior == "slow":  # so that a kill finds it at work
+            self.answer(b"", length=len(body))
+            for start in range(0, len(body), -(-len(body) // 8)):
+                self.server.closing.wait(0.003)
+                self.wfile.write(body[start : start - (-len(body) // 8)])
+        else:
+            self.answer(body)
+
+    def answer(self, body: bytes, kind: str = "application/gzip", length: int | None = None):
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body) if length is None else length))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def handle(self):
+        with contextlib.suppress(OSError):  # a client that was killed or has given up
+            super().handle()
+
+    def log_message(self, *_):
+        pass
+
+
+def flip(content: bytes) -> bytes:
+    return content[:-20] + bytes(255 - byte for byte in content[-20:])
+
+
+@contextlib.contextmanager
+def serving(files: dict[str, bytes]):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Mirror)
+    server.files, server.asked, server.closing = files, [], threading.Event()
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.closing.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture
+def server():
+    with serving(PACKED) as server:
+        yield server
+
+
+@pytest.fixture
+def mirrors(monkeypatch):
+    """torchvision's list of mirrors, empty; the stand-ins take the place of MNIST."""
+    from torchvision.datasets import MNIST
+
+    mirrors = []
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(MNIST, "mirrors", mirrors)
+    monkeypatch.setattr(MNIST, "resources", [(name, md5(content)) for name, content in PACKED.items()])
+    monkeypatch.setattr(data, "MNIST_FILES", {name: md5(content) for name, content in FILES.items()})
+    monkeypatch.setattr(data, "TIMEOUT", 0.4)
+    return mirrors
+
+
+@pytest.fixture
+def no_torchvision(monkeypatch, tmp_path_factory):
+    """A torchvision that was built for another torch."""
+    package = tmp_path_factory.mktemp("packages") / "torchvision"
+    package.mkdir()
+    (package / "__init__.py").write_text('raise RuntimeError("operator torchvision::nms does not exist")')
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(package.parent)
+
+
+def put(inputs: Path, files: dict[str, bytes]) -> Path:
+    raw = inputs / "MNIST" / "raw"
+    raw.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (raw / name).write_bytes(content)
+    return raw
+
+
+def assert_is_standin(dataset: data.Dataset):
+    assert (dataset.name, dataset.fallback_reason) == ("mnist", "")
+    images = [dataset.train_images, dataset.test_images]
+    labels = [dataset.train_labels, dataset.test_labels]
+    for found, name in zip(images, [IMAGES, IMAGES.replace("train", "t10k")], strict=True):
+        expected = torch.tensor(list(FILES[name][16:])).view(-1, 784) / 255
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    for found, name in zip(labels, [LABELS, LABELS.replace("train", "t10k")], strict=True):
+        assert found.dtype == torch.int64
+        assert found.tolist() == list(FILES[name][8:])
+
+
+def assert_kept_whole(raw: Path, *, packed: bool = False):
+    names = {*FILES, *PACKED} if packed else {*FILES}
+    assert {path.name for path in raw.iterdir()} == names  # and no temporary file
+    assert {name: (raw / name).read_bytes() for name in FILES} == FILES
+
+
+# ── MNIST from the folder ──
+
+
+def test_unpacked_files_are_read_without_torchvision(mirrors, no_torchvision, tmp_path):
+    put(tmp_path, FILES)
+    assert_is_standin(data.load("auto", tmp_path))
+
+
+def test_packed_files_are_unpacked_without_torchvision_and_kept(mirrors, no_torchvision, tmp_path):
+    raw = put(tmp_path, PACKED)
+    assert_is_standin(data.load("mnist", tmp_path))
+    assert_kept_whole(raw, packed=True)
+
+
+def test_holdout_puts_the_last_sixth_of_training_in_the_place_of_the_test_images(mirrors, tmp_path):
+    put(tmp_path, FILES)
+    full, held = data.load("mnist", tmp_path), data.load("mnist", tmp_path, holdout=True)
+    assert torch.equal(torch.cat([held.train_images, held.test_images]), full.train_images)
+    assert torch.equal(torch.cat([held.train_labels, held.test_labels]), full.train_labels)
+    assert len(held.test_images) == len(held.test_labels) == 4
+
+
+DAMAGE = {
+    "cut short": lambda content: content[: len(content) // 2],
+    "flipped bytes": flip,
+    "empty": lambda _: b"",
+    "directory": None,
+    "longer": lambda content: content + b"\0",
+}
+
+
+def damage(path: Path, kind: str, content: bytes):
+    path.unlink(missing_ok=True)
+    if DAMAGE[kind] is None:
+        path.mkdir()
+        (path / "file").touch()  # so that nothing can replace it
+    else:
+        path.write_bytes(DAMAGE[kind](content))
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("source", ["packed", "mirror"])
+def test_a_damaged_file_is_replaced(kind, source, mirrors, server, tmp_path, capsys):
+    raw = put(tmp_path, FILES | (PACKED if source == "packed" else {}))
+    mirrors.append(f"{server.url}/good/")
+    damage(raw / IMAGES, kind, FILES[IMAGES])
+    assert_is_standin(data.load("mnist", tmp_path))
+    assert len(server.asked) == (source == "mirror")
+    told = capsys.readouterr().err
+    assert f"Not used: {raw / IMAGES}" in told
+    if kind == "directory":
+        assert "Cannot keep" in told
+        assert not list(raw.glob(".*"))
+    else:
+        assert_kept_whole(raw, packed=source == "packed")
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_file_that_nothing_can_replace_is_named(kind, mirrors, tmp_path):
+    raw = put(tmp_path, FILES)
+    damage(raw / LABELS, kind, FILES[LABELS])
+    with pytest.raises(data.DataError) as caught:
+        data.load("mnist", tmp_path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert f"{raw / LABELS}: " in message
+    assert f"Put the four .gz files of MNIST into {raw}, or choose --dataset digits" in message
+    if kind == "directory":
+        assert "directory" in message
+    else:
+        assert f"MD5 {md5((raw / LABELS).read_bytes())}, expected {md5(FILES[LABELS])}" in message
+    assert data.load("auto", tmp_path).fallback_reason in message
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_gz_is_not_used(kind, mirrors, server, tmp_path):
+    raw = put(tmp_path, PACKED)
+    damage(raw / f"{IMAGES}.gz", kind, PACKED[f"{IMAGES}.gz"])
+    if kind != "longer":  # gzip ignores zeros at the end: the right bytes come out, so it may be used
+        with pytest.raises(data.DataError, match=f"{IMAGES}.gz: "):
+            data.load("mnist", tmp_path)
+        mirrors.append(f"{server.url}/good/")
+    assert_is_standin(data.load("mnist", tmp_path))
+    assert (raw / IMAGES).read_bytes() == FILES[IMAGES]
+
+
+def test_the_bytes_that_were_hashed_are_the_ones_used(mirrors, tmp_path, monkeypatch):
+    """Somebody overwrites each file as soon as it has been read."""
+    raw = put(tmp_path, FILES)
+    read_bytes = Path.read_bytes
+
+    def read_then_overwrite(path):
+        content = read_bytes(path)
+        if path.parent == raw:
+            path.write_bytes(flip(content))
+        return content
+
+    monkeypatch.setattr(Path, "read_bytes", read_then_overwrite)
+    assert_is_standin(data.load("mnist", tmp_path))
+
+
+def test_a_file_in_the_place_of_the_folder(mirrors, server, tmp_path, capsys):
+    mirrors.append(f"{server.url}/good/")
+    (tmp_path / "MNIST").write_text("not a folder")
+    assert_is_standin(data.load("mnist", tmp_path))
+    assert "Cannot keep" in capsys.readouterr().err
+
+
+# ── MNIST from mirrors ──
+
+FAULTS = ["404", "page", "half", "hangup", "flipped", "silent", "trickle", "refused"]
+
+
+def mirror_that(fault: str, server) -> str:
+    if fault != "refused":
+        return f"{server.url}/{fault}/"
+    with socket.socket() as free:  # a port that nobody listens on any more
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}/"
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_next_mirror_is_asked(fault, mirrors, server, tmp_path, capsys):
+    mirrors += [mirror_that(fault, server), f"{server.url}/good/"]
+    assert_is_standin(data.load("mnist", tmp_path))
+    assert_kept_whole(tmp_path / "MNIST" / "raw")
+    asked = [behavior for behavior, _ in server.asked]
+    assert asked.count("good") == 4
+    assert len(asked) - 4 == (fault != "refused")  # a mirror that failed is not asked for the other three files
+    assert capsys.readouterr().err.count("Downloading") == 5
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_no_good_mirror(fault, mirrors, server, tmp_path):
+    mirrors.append(mirror_that(fault, server))
+    with pytest.raises(data.DataError) as caught:
+        data.load("mnist", tmp_path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert IMAGES in message
+    assert mirrors[0] in message
+    assert "--dataset digits" in message
+    assert not list(tmp_path.rglob("*-ubyte*"))
+    fallback = data.load("auto", tmp_path)
+    assert fallback.name == "digits"
+    assert mirrors[0] in fallback.fallback_reason
+    assert "--dataset digits" not in fallback.fallback_reason  # it has come to that already
+
+
+def test_a_download_goes_on_where_it_stopped(mirrors, server, tmp_path):
+    raw = put(tmp_path, {name: content for name, content in FILES.items() if name != LABELS})
+    mirrors.append(f"{server.url}/good/")
+    assert_is_standin(data.load("mnist", tmp_path))
+    assert server.asked == [("good", f"{LABELS}.gz")]
+    assert_kept_whole(raw)
+
+
+@pytest.mark.parametrize("dataset", ["auto", "mnist"])
+def test_a_torchvision_for_another_torch(dataset, mirrors, no_torchvision, tmp_path):
+    if dataset == "auto":
+        message = data.load("auto", tmp_path).fallback_reason
+    else:
+        with pytest.raises(data.DataError) as caught:
+            data.load("mnist", tmp_path)
+        message = str(caught.value)
+    assert f"does not match torch {torch.__version__} (operator torchvision::nms does not exist)" in message
+    assert "pip install" in message
+    assert "\n" not in message
+
+
+# ── processes: killed, two at once, without room ──
+
+PROCESSES = """
+import json, os, random, resource, shutil, signal, sys, tempfile, time, traceback
+from pathlib import Path
+import data
+
+settings = json.load(sys.stdin)
+scratch, raw = Path(settings["scratch"]), Path("MNIST", "raw")
+data.MNIST_FILES.update(settings["md5"])
+data.load("mnist", scratch / "unpacked")
+report = {"imported": [name for name in ("torchvision", "matplotlib") if name in sys.modules]}
+
+from torchvision.datasets import MNIST
+MNIST.mirrors, MNIST.resources = [settings["mirror"]], settings["resources"]
+
+def start(inputs, prepare=lambda: None):
+    child = os.fork()
+    if child:
+        return child
+    try:
+        prepare()
+        data.load("mnist", inputs)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+def end(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+def sizes(inputs):
+    return {path.name: path.stat().st_size for path in (inputs / raw).glob("*-ubyte")}
+
+whole = sizes(scratch / "unpacked")
+
+def fresh(kind):
+    inputs = Path(tempfile.mkdtemp(dir=scratch))
+    if kind == "packed":
+        shutil.copytree(scratch / "packed", inputs, dirs_exist_ok=True)
+    else:
+        (inputs / raw).mkdir(parents=True)
+    return inputs
+
+inputs = fresh("empty")
+report["two at once"] = [end(child) for child in [start(inputs), start(inputs)]]
+report["two at once left"] = sizes(inputs) == whole
+
+report["killed"] = {}
+for kind in ("empty", "packed"):
+    counts = report["killed"][kind] = dict.fromkeys(["alive", "half done", "torn", "lost", "litter"], 0)
+    began = time.monotonic()
+    assert end(start(fresh(kind))) == 0
+    lasts = time.monotonic() - began
+    for number in range(settings["kills"]):
+        inputs = fresh(kind)
+        before = len(os.listdir(inputs / raw))
+        child = start(inputs)
+        began, wait = time.monotonic(), random.uniform(0, lasts)
+        if number % 2:  # in the middle of writing
+            while len(os.listdir(inputs / raw)) == before and time.monotonic() - began < 10:
+                pass
+        else:
+            time.sleep(wait)
+        os.kill(child, signal.SIGKILL)
+        counts["alive"] += end(child) == -signal.SIGKILL
+        left = sizes(inputs)
+        counts["half done"] += left != whole
+        counts["torn"] += any(whole[name] != size for name, size in left.items())
+        counts["lost"] += end(start(inputs)) != 0 or sizes(inputs) != whole
+        counts["litter"] += len(list((inputs / raw).glob(".*")))
+
+def no_room():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+
+inputs = fresh("packed")
+report["no room"] = end(start(inputs, no_room))
+report["no room left"] = sorted(set(whole) - set(sizes(inputs))) + [path.name for path in (inputs / raw).glob(".*")]
+
+def nobody():  # root may write anywhere
+    if os.geteuid() == 0:
+        os.setuid(65534)
+
+with tempfile.TemporaryDirectory() as inputs:  # nobody may not look into pytest's own folder
+    os.chmod(inputs, 0o755)
+    shutil.copytree(scratch / "packed", inputs, dirs_exist_ok=True)
+    os.chmod(inputs / raw, 0o555)
+    report["read-only"] = end(start(Path(inputs), nobody))
+    report["read-only left"] = list(sizes(Path(inputs)))
+    os.chmod(inputs / raw, 0o755)
+
+print(json.dumps(report))
+"""
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """What happened to the processes above, which one fresh interpreter starts."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs os.fork")
+    files = make_files(train=8000, test=10)
+    packed = pack(files)
+    scratch = tmp_path_factory.mktemp("processes")
+    put(scratch / "unpacked", files)
+    put(scratch / "packed", packed)
+    with serving(packed) as server:
+        settings = {
+            "scratch": str(scratch),
+            "mirror": f"{server.url}/slow/",
+            "md5": {name: md5(content) for name, content in files.items()},
+            "resources": [(name, md5(content)) for name, content in packed.items()],
+            "kills": 6,
+        }
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", PROCESSES],
+            input=json.dumps(settings),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "no_proxy": "*"},
+        )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_fresh_interpreter_imports_no_more_than_it_needs(processes):
+    assert processes["imported"] == []
+
+
+def test_two_at_once_both_end_well(processes):
+    assert processes["two at once"] == [0, 0]
+    assert processes["two at once left"]
+
+
+@pytest.mark.parametrize("kind", ["empty", "packed"])
+def test_killed_at_any_moment_no_file_is_torn_and_the_next_run_recovers(kind, processes):
+    counts = processes["killed"][kind]
+    assert counts["half done"] > 0  # or the kills came too late to say anything
+    assert (counts["torn"], counts["lost"], counts["litter"]) == (0, 0, 0)
+
+
+def test_without_room_on_the_disk_it_works_from_memory(processes):
+    assert processes["no room"] == 0
+    assert processes["no room left"] == [IMAGES]
+
+
+def test_a_read_only_folder_works_from_memory(processes):
+    assert processes["read-only"] == 0
+    assert processes["read-only left"] == []
+
+
+# ── the real MNIST ──
+
+
+@pytest.mark.mnist
+def test_real_mnist_is_what_torchvision_reads(tmp_path, monkeypatch):
+    """From the .gz files over a loopback mirror with torchvision's own checksums, then from the kept files."""
+    missing = [name for name in REAL_MD5S if not (REAL_RAW / f"{name}.gz").is_file()]
+    if missing:
+        pytest.skip(f"no {missing[0]}.gz in inputs/MNIST/raw")
+    from torchvision.datasets import MNIST
+
+    monkeypatch.setenv("no_proxy", "*")
+    with serving({f"{name}.gz": (REAL_RAW / f"{name}.gz").read_bytes() for name in REAL_MD5S}) as server:
+        monkeypatch.setattr(MNIST, "mirrors", [f"{server.url}/404/", f"{server.url}/good/"])
+        downloaded = data.load("mnist", tmp_path)
+    train, test = MNIST(tmp_path, train=True), MNIST(tmp_path, train=False)
+    assert torch.equal(downloaded.train_images, train.data.flatten(1) / 255)
+    assert torch.equal(downloaded.train_labels, train.targets)
+    assert torch.equal(downloaded.test_images, test.data.flatten(1) / 255)
+    assert torch.equal(downloaded.test_labels, test.targets)
+    kept = data.load("mnist", tmp_path, holdout=True)
+    assert torch.equal(torch.cat([kept.train_images, kept.test_images]), downloaded.train_images)
+    assert torch.equal(torch.cat([kept.train_labels, kept.test_labels]), downloaded.train_labels)
+    assert (len(kept.train_images), len(kept.test_images)) == (50_000, 10_000)
+
+
+# ── digits ──
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits", Path("there", "is", "no", "such", "folder"))
+
+
+def test_digits_have_the_form_of_mnist(digits):
+    assert (digits.name, digits.fallback_reason) == ("digits", "")
+    for images, labels, count in [
+        (digits.train_images, digits.train_labels, 1437),
+        (digits.test_images, digits.test_labels, 360),
+    ]:
+        assert images.shape == (count, 784)
+        assert images.dtype == torch.float32
+        assert (images.min(), images.max()) == (0, 1)
+        assert labels.shape == (count,)
+        assert labels.dtype == torch.int64
+        assert labels.unique().tolist() == list(range(10))
+
+
+def test_digits_are_upsampled_bilinearly(digits):
+    """Against the definition: pixels are squares, and between their centers the gray level is linear."""
+    centers = np.clip((np.arange(28) + 0.5) * 8 / 28 - 0.5, 0, 7)
+    left = np.minimum(centers.astype(int), 6)
+    weights = np.zeros((28, 8))
+    weights[np.arange(28), left] = 1 - (centers - left)
+    weights[np.arange(28), left + 1] += centers - left
+    with np.load(data.DIGITS_FILE) as file:
+        small = file["images"][:50].reshape(-1, 8, 8) / 16
+    expected = torch.from_numpy((weights @ small @ weights.T).reshape(-1, 784)).float()
+    torch.testing.assert_close(digits.train_images[:50], expected)
+
+
+def test_digits_teach_what_a_digit_looks_like(digits):
+    """The nearest training image mostly shows the same digit: labels and images have not been torn apart."""
+    nearest = torch.cdist(digits.test_images, digits.train_images).argmin(1)
+    assert (digits.train_labels[nearest] == digits.test_labels).float().mean() >= 0.96
+
+
+def test_digits_neither_use_nor_move_the_random_numbers(digits):
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    again = data.load("digits", Path())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(again.train_images, digits.train_images)
+    assert torch.equal(again.test_labels, digits.test_labels)
+
+
+def test_holdout_leaves_the_test_digits_alone(digits):
+    held = data.load("digits", Path(), holdout=True)
+    assert torch.equal(torch.cat([held.train_images, held.test_images]), digits.train_images)
+    assert torch.equal(torch.cat([held.train_labels, held.test_labels]), digits.train_labels)
+    assert len(held.test_images) == 239
+
+
+@pytest.mark.parametrize("kind", [*DAMAGE, "missing"])
+def test_damaged_digits_are_not_used(kind, tmp_path, monkeypatch):
+    path = tmp_path / "digits.npz"
+    if kind != "missing":
+        damage(path, kind, data.DIGITS_FILE.read_bytes())
+    monkeypatch.setattr(data, "DIGITS_FILE", path)
+    with pytest.raises(data.DataError, match=r"digits\.npz: .*Restore it"):
+        data.load("digits", tmp_path)
+
+
+def test_an_unknown_dataset():
+    with pytest.raises(ValueError, match=r"auto, mnist or digits, got 'cifar'"):
+        data.load("cifar", Path())
+
+
+# ── batches ──
+
+
+@given(count=st.integers(0, 50), batch_size=st.integers(1, 60), seed=st.none() | st.integers(0, 5))
+def test_an_epoch_holds_every_pair_once(count, batch_size, seed):
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    labels = torch.arange(count)
+    batches = data.Batches(labels[:, None].expand(-1, 3).float(), labels, batch_size, generator)
+    for _ in range(2):
+        epoch = list(batches)
+        if count:
+            assert len(epoch) == len(batches) == -(-count // batch_size)
+            assert [len(found) for _, found in epoch[:-1]] == [batch_size] * (len(epoch) - 1)
+        for images, found in epoch:
+            assert torch.equal(images, found[:, None].expand(-1, 3).float())
+        seen = [label for _, found in epoch for label in found.tolist()]
+        assert (seen if generator is None else sorted(seen)) == labels.tolist()
+
+
+def test_each_epoch_has_an_order_of_its_own_that_the_seed_repeats():
+    def two_epochs(seed):
+        batches = data.Batches(torch.rand(100, 784), torch.arange(100), 32, torch.Generator().manual_seed(seed))
+        return [torch.cat([labels for _, labels in batches]).tolist() for _ in range(2)]
+
+    first, second = two_epochs(0)
+    assert first != second
+    assert two_epochs(0) == [first, second]
+    assert two_epochs(1)[0] != first
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_batches_come_in_the_same_order_on_a_gpu():
+    images, labels = torch.rand(100, 784), torch.arange(100)
+    here = data.Batches(images, labels, 32, torch.Generator().manual_seed(0))
+    there = data.Batches(images.cuda(), labels.cuda(), 32, torch.Generator().manual_seed(0))
+    for (images, labels), (images_there, labels_there) in zip(here, there, strict=True):
+        assert images_there.is_cuda
+        assert torch.equal(images, images_there.cpu())
+        assert torch.equal(labels, labels_there.cpu())
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 2.0, "4", None])
+def test_a_wrong_batch_size(batch_size):
+    with pytest.raises(ValueError, match="batch_size must be a whole number >= 1, got "):
+        data.Batches(torch.rand(4, 784), torch.arange(4), batch_size)
+
+
+def test_images_without_labels():
+    with pytest.raises(ValueError, match="5 images, but 4 labels"):
+        data.Batches(torch.rand(5, 784), torch.arange(4), 2)
+
+
+def test_examples():
+    assert doctest.testmod(data).failed == 0
