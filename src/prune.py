@@ -1,13 +1,12 @@
-"""Prune any PyTorch model: find masks of what to remove, apply them, see what each sparsity costs.
+"""Prune any PyTorch model: find masks of what to remove, apply them, and see what each sparsity costs.
 
-This file needs nothing but torch and numpy: copy it beside any notebook. Pruned models stay plain modules, without hooks
-or extra parameters. Masks fit ``torch.nn.utils.prune.custom_from_mask``, and a model pruned by ``torch.nn.utils.prune``
-gives its masks back with
+This file needs nothing but torch and numpy: copy it beside any notebook. Pruned models stay plain modules, without any
+hooks. Masks fit ``torch.nn.utils.prune.custom_from_mask``, and a model pruned by torch.nn.utils.prune has its own in
 
     {name.removesuffix("_mask"): mask.bool() for name, mask in model.named_buffers() if name.endswith("_mask")}
 
-Prunable are the layers in `LAYERS`. Whatever else has weights (embeddings, normalization, attention's packed
-projections) is left alone, and so is a layer whose weight is tied to such a one. A weight that layers share counts once.
+The layers in `LAYERS` can be pruned. Everything else with weights (embeddings, normalization, packed attention) is left
+alone, and so are layers that share such a weight. A weight that several layers share counts once.
 """
 
 import contextlib
@@ -17,8 +16,7 @@ import itertools
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,55 +25,57 @@ from torch import Tensor, nn
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # the integers that a weight's bytes are multiplied as
+NUMPY = ("cpu",)  # devices on which NumPy ranks faster than torch
+BLOCK = {"cpu": 2**17, "cuda": 2**24}  # weights ranked at a time: they fit into a core's cache, or keep a GPU busy
+SAMPLED = 2**14  # from so many scores on a sample narrows down what needs to be ranked
+Blocks = Callable[[Tensor], Iterator[tuple[slice, Any]]]
 
-# Scores are ranked in blocks that fit into a CPU core's cache, or that keep a GPU busy.
-CPU_BLOCK, GPU_BLOCK = 2**17, 2**24
 
-# Integers of each size in bytes: a weight's bits times its mask are +0.0 even for NaN, ten times faster than masked_fill.
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+def _norm(weight: Tensor) -> Tensor:
+    """L2 norm of each unit: (units, …) → (units,), in fp32 for half precision."""
+    weight = weight.unsqueeze(-1)  # (units, …, 1), so that a vector has a dimension to take norms over
+    rows = weight.shape[0] if weight.element_size() >= 4 else BLOCK["cpu"] // max(weight[:1].numel(), 1)
+    dims = tuple(range(1, weight.dim()))
+    blocks = (block.to(_widest(block)) for block in weight.split(max(rows, 1)))
+    return torch.cat([torch.linalg.vector_norm(block, dim=dims) for block in blocks])
 
 
-def _root_mean_square(weight: Tensor) -> Tensor:
-    """Each unit's L2 norm divided by sqrt(fan-in): (units, …) → (units,), in fp32 for half precision.
+def _relative_norm(weight: Tensor) -> Tensor:
+    """L2 norm of each unit, relative to the mean of its layer: (units, …) → (units,).
 
-    Within a layer it ranks as the norm does. The norm of n weights of one scale grows with sqrt(n), so ranked across
-    layers, raw norms would favor those with many inputs.
+    Within a layer it ranks as the norm does. Across layers, norms differ by scale and fan-in more than by what units
+    matter, and would empty some layers before touching others.
 
-    Source: normalizing each layer's scores before ranking all of them: Molchanov et al., "Pruning Convolutional Neural
-    Networks for Resource Efficient Inference" (2017).
+    Source: Fang et al., "DepGraph: Towards Any Structural Pruning" (2023), section 3.3.
     """
-    weight = weight.unsqueeze(-1)  # (units, …, 1), so that a vector has a dimension to take the norm over
-    fan_in = max(weight[:1].numel(), 1)
-    blocks = weight.split(max(CPU_BLOCK // fan_in, 1)) if weight.element_size() < 4 else (weight,)
-    norms = [
-        torch.linalg.vector_norm(block.to(_widest([block])), dim=tuple(range(1, weight.dim()))) for block in blocks
-    ]
-    return torch.cat(norms) / math.sqrt(fan_in)
+    norm = _norm(weight).double()  # so that dividing doesn't make different norms equal
+    return norm / norm.mean().clamp_min(torch.finfo(norm.dtype).tiny)
 
 
 def _random_weight(weight: Tensor) -> Tensor:
-    """Scores of weight's shape in (0, 1], but 0 for weights that are zero already."""
+    """Scores in (0, 1] of weight's shape, but 0 for weights that are zero already."""
     return (1 - torch.rand(weight.shape, dtype=torch.float32, device=weight.device)).masked_fill_(weight == 0, 0)
 
 
 def _random_unit(weight: Tensor) -> Tensor:
-    """Scores of shape (units,) in (0, 1], but 0 for units that are zero already."""
+    """Scores in (0, 1] of shape (units,), but 0 for units that are zero already."""
     return _random_weight(weight.flatten(1).any(1))
 
 
-# The one place to add a criterion: METHODS["mine"] = function. It's given each weight with its outputs in dim 0 (those of
-# transposed convolutions, too) and returns scores, the lowest of which are pruned first: of the weight's shape for a
-# weight method, of shape (units,) for a unit method. Only magnitudes are ranked without holding all scores in memory.
+# The one place to add a criterion: METHODS["mine"] = function. It is given a weight with outputs in dim 0 (transposed
+# convolutions are turned round) and returns scores, the lowest of which are pruned first: of the weight's shape for a
+# weight method, (units,) for a unit method. Magnitudes are taken block by block; other scores are held in memory.
 METHODS: dict[str, Callable[[Tensor], Tensor]] = {
     "weight": torch.abs,
-    "unit": _root_mean_square,
+    "unit": _relative_norm,
     "random_weight": _random_weight,
     "random_unit": _random_unit,
 }
 
 
 class SweepPoint(NamedTuple):
-    """One point of a sweep; sparsity is what was asked for, achieved the fraction of weights that are zero."""
+    """One point of a sweep: the sparsity asked for, the fraction of weights that became zero, and the scores."""
 
     sparsity: float
     achieved: float
@@ -87,15 +87,14 @@ def weight_mask(weight: Tensor, sparsity: float) -> Tensor:
     """Mask that prunes the weights of lowest magnitude.
 
     Args:
-        weight: any shape, finite, real floating point.
+        weight: any shape, finite, fp16 to fp64.
         sparsity: fraction in [0, 1]: exactly ``round(sparsity * weight.numel())`` go, of equal ones the earlier first.
 
     Returns:
         Boolean tensor of weight's shape, True = keep.
 
     Raises:
-        TypeError: weight isn't a tensor or sparsity not a number.
-        ValueError: sparsity is out of range, or weight can't be ranked.
+        TypeError, ValueError: sparsity is no number in [0, 1], or weight can't be ranked.
 
     Source: Han et al., "Learning both Weights and Connections for Efficient Neural Networks" (2015).
 
@@ -111,16 +110,15 @@ def unit_mask(weight: Tensor, sparsity: float, dim: int = 0) -> Tensor:
     """Mask that prunes the units of lowest L2 norm.
 
     Args:
-        weight: one dimension or more, finite, real floating point.
-        sparsity: fraction in [0, 1]: exactly ``round(sparsity * weight.shape[dim])`` go, of equal ones the earlier first.
-        dim: the dimension that counts the units: 0 for a Linear's (out, in), which has them in rows.
+        weight: one dimension or more, finite, fp16 to fp64.
+        sparsity: fraction in [0, 1]: exactly ``round(sparsity * units)`` go, of equal ones the earlier first.
+        dim: the dimension that counts units: 0 in a Linear's (out, in), where a row is a unit.
 
     Returns:
         Boolean tensor of weight's shape, True = keep, the same throughout a unit.
 
     Raises:
-        TypeError: weight isn't a tensor, sparsity not a number or dim not an integer.
-        ValueError: sparsity or dim is out of range, or weight can't be ranked.
+        TypeError, ValueError: sparsity is no number in [0, 1], dim no dimension, or weight can't be ranked.
 
     Source: Li et al., "Pruning Filters for Efficient ConvNets" (2017), here with the L2 norm.
 
@@ -133,9 +131,9 @@ def unit_mask(weight: Tensor, sparsity: float, dim: int = 0) -> Tensor:
     if not isinstance(dim, int) or isinstance(dim, bool):
         raise TypeError(f"dim must be an integer, got {dim!r}")
     if not -weight.dim() <= dim < weight.dim():
-        raise ValueError(f"dim must be one of the weight's {weight.dim()} dimensions, got {dim}")
+        raise ValueError(f"dim must be one of weight's {weight.dim()} dimensions, got {dim}")
     units_first = weight.movedim(dim, 0)
-    (keep,) = _select([_root_mean_square(units_first)], _checked_sparsity(sparsity))
+    (keep,) = _select([_norm(units_first)], _checked_sparsity(sparsity))
     return _expanded(keep, units_first).movedim(0, dim).contiguous()
 
 
@@ -145,32 +143,32 @@ def find_masks(
     sparsity: float,
     *,
     scope: str = "layer",
-    skip: Sequence[str] | None = None,
+    skip: Collection[str] | None = None,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
     """Masks that prune a model, which stays as it is.
 
     Args:
-        model: any module; the wrappers of torch.compile and DataParallel are looked through.
+        model: any module, also wrapped by torch.compile or DataParallel.
         method: a name in `METHODS`.
-        sparsity: fraction in [0, 1] of the weights or units, those included that are zero already. Exactly
+        sparsity: fraction in [0, 1] of the weights or units, counting those that are zero already. Exactly
             ``round(sparsity * n)`` go; a larger sparsity prunes a superset.
         scope: "layer" ranks within each layer, "global" across all of them.
-        skip: names of the layers to spare; () spares none. None spares the last prunable one in order of registration,
-            since without some of its units the model would lack outputs.
-        generator: where methods that draw random numbers get them from; None: torch's global generators.
+        skip: names of layers to spare; () spares none. None spares the last prunable layer in order of registration:
+            its units are the model's outputs.
+        generator: source of the random methods' numbers; None: torch's global generators.
 
     Returns:
-        Masks by parameter name ("fc1.weight"), True = keep. Unit methods mask biases, too ("fc1.bias"); a BatchNorm
-        behind a pruned unit still emits its shift.
+        Masks by parameter name, such as "fc1.weight", True = keep. Unit methods mask the biases, too ("fc1.bias"), but
+        a BatchNorm behind a pruned unit still emits its shift.
 
     Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: an argument is out of range; the model has no prunable layer, or only one and `skip` is None; a
-            weight can't be ranked (lazy, meta, sparse, integer, complex, not finite, computed from other parameters).
+        TypeError: an argument of the wrong type.
+        ValueError: an argument out of range; no prunable layer, or a single one and no `skip`; a weight that can't be
+            ranked (lazy, meta, sparse, integer, complex, not finite, computed from other parameters).
 
     Warns:
-        UserWarning: a layer loses all its weights.
+        UserWarning: a layer loses everything.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -184,27 +182,31 @@ def find_masks(
     if scope not in ("layer", "global"):
         raise ValueError(f"unknown scope {scope!r}: expected layer or global")
     weights = _weights(model, skip)
-    for each in weights:
-        _finite(each.name, each.tensor)
-    absolute = METHODS[method] is torch.abs
+    for weight in weights:
+        _finite(weight.name, weight.tensor)
+    score = METHODS[method]
     with _seeded(generator, weights):
-        scores = (each.outputs_first if absolute else _scored(each, METHODS[method]) for each in weights)
-        groups = [list(scores)] if scope == "global" else ([one] for one in scores)
-        keeps = [keep for group in groups for keep in _select(group, sparsity, absolute)]
-    empty = [each.name for each, keep in zip(weights, keeps, strict=True) if _is_empty(keep)]
+        scores = (_scored(weight, score) for weight in weights)
+        groups = [list(scores)] if scope == "global" else ([each] for each in scores)
+        keeps = [keep for group in groups for keep in _select(group, sparsity, absolute=score is torch.abs)]
+    pairs = list(zip(weights, keeps, strict=True))
+    # NumPy's any() stops at the first weight that is kept
+    empty = [
+        weight.name for weight, keep in pairs if keep.numel() and not (keep if keep.is_cuda else keep.numpy()).any()
+    ]
     if empty:
         warnings.warn(f"pruning leaves nothing of {', '.join(empty)}", stacklevel=2)
-    return {name: mask for each, keep in zip(weights, keeps, strict=True) for name, mask in each.masks(keep)}
+    return {name: mask for weight, keep in pairs for name, mask in weight.masks(keep)}
 
 
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Set what masks prune to zero, in place: all of it, or none after an error.
+    """Set what masks prune to zero, in place: all of it, or after an error nothing.
 
-    Call it after every ``optimizer.step()`` to hold the pruned weights at zero.
+    Called after each ``optimizer.step()``, it holds pruned weights at zero through training.
 
     Args:
-        model: any module; the wrappers of torch.compile and DataParallel are looked through.
-        masks: boolean tensors by parameter name, True = keep, of the parameter's shape, on any device.
+        model: any module, also wrapped by torch.compile or DataParallel.
+        masks: boolean tensors by parameter name, True = keep, of the parameters' shapes, on any device.
 
     Raises:
         TypeError: masks isn't a mapping of names to boolean tensors.
@@ -218,24 +220,21 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """
     if not isinstance(masks, Mapping):
         raise TypeError(f"masks must be a dict of boolean tensors by parameter name, got {type(masks).__name__}")
-    parameters = {
-        _joined(layer, name): parameter
-        for layer, module in _modules(model)
-        for name, parameter in module.named_parameters(recurse=False)
-    }
-    found = []
+    layers = {name: layer._parameters for name, layer in _modules(model)}
+    parameters = {f"{layer}.{name}".lstrip("."): each for layer, own in layers.items() for name, each in own.items()}
+    pairs = []
     for name, mask in masks.items():
-        if name not in parameters:
+        if parameters.get(name) is None:
             raise ValueError(f"the model has no parameter {name!r}; it has {', '.join(parameters) or 'none'}")
         parameter = _dense(name, parameters[name])
         if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
-            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"the mask of {name} must be a boolean tensor (True = keep), got {kind}")
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"the mask of {name} must be a boolean tensor (True = keep), got {got}")
         if mask.shape != parameter.shape or mask.is_meta or mask.layout is not torch.strided:
             raise ValueError(f"the mask of {name} must be a dense {tuple(parameter.shape)}, got {tuple(mask.shape)}")
-        found.append((parameter.view(BITS[parameter.element_size()]), mask))
-    for bits, mask in found:
-        bits.mul_(mask.to(bits.device))
+        pairs.append((parameter.view(BITS[parameter.element_size()]), mask))
+    for bits, mask in pairs:
+        bits.mul_(mask.to(bits.device))  # +0.0 even for NaN, in a tenth of the time of masked_fill_
 
 
 def prune_model(
@@ -244,7 +243,7 @@ def prune_model(
     sparsity: float,
     *,
     scope: str = "layer",
-    skip: Sequence[str] | None = None,
+    skip: Collection[str] | None = None,
     generator: torch.Generator | None = None,
 ) -> nn.Module:
     """A pruned deep copy of a model. Arguments, errors and warnings are those of `find_masks`.
@@ -261,12 +260,12 @@ def prune_model(
     return pruned
 
 
-def achieved_sparsity(model: nn.Module, *, skip: Sequence[str] | None = None) -> float:
-    """Fraction in [0, 1] of the weights that are zero, in the layers that aren't spared.
+def achieved_sparsity(model: nn.Module, *, skip: Collection[str] | None = None) -> float:
+    """Fraction in [0, 1] of zeros among the weights of the layers that aren't spared (0 if there are no weights).
 
     Args:
         model: any module, pruned or not.
-        skip: names of the layers to leave out, as in `find_masks`.
+        skip: names of layers to leave out, as in `find_masks`.
 
     Raises:
         TypeError, ValueError: as `find_masks`.
@@ -275,9 +274,9 @@ def achieved_sparsity(model: nn.Module, *, skip: Sequence[str] | None = None) ->
         >>> achieved_sparsity(nn.Linear(4, 4), skip=())
         0.0
     """
-    tensors = [weight.tensor for weight in _weights(model, skip)]
-    total = sum(tensor.numel() for tensor in tensors)
-    return 1 - sum(int(tensor.count_nonzero()) for tensor in tensors) / total if total else 0.0
+    weights = [weight.tensor for weight in _weights(model, skip)]
+    total = sum(weight.numel() for weight in weights)
+    return (total - sum(int(weight.count_nonzero()) for weight in weights)) / max(total, 1)
 
 
 def sweep(
@@ -287,21 +286,21 @@ def sweep(
     score: Callable[[nn.Module], float],
     *,
     scope: str = "layer",
-    skip: Sequence[str] | None = None,
+    skip: Collection[str] | None = None,
     generator: torch.Generator | None = None,
     retrain: Callable[[nn.Module, dict[str, Tensor]], None] | None = None,
 ) -> list[SweepPoint]:
-    """Prune and score copies of a model at several sparsities, each from the same dense model, which stays as it is.
+    """Prune and score copies of a model, each made from the same dense one, which stays as it is.
 
     Args:
         model, method, scope, skip: as in `find_masks`.
         sparsities: fractions in [0, 1], in any order.
-        score: what to ask of each pruned copy, such as its accuracy.
+        score: what to ask of a pruned copy, such as its accuracy.
         generator: as in `find_masks`; all points share one draw, so that larger sparsities prune supersets.
-        retrain: trains a copy in place, holding its masks with `apply_masks`; the copy is then scored again.
+        retrain: trains a copy in place, its masks held with `apply_masks`; the copy is then scored again.
 
     Returns:
-        A point for each sparsity, in the same order.
+        A point for each sparsity, in their order.
 
     Raises:
         TypeError, ValueError: as `find_masks`, before anything is scored.
@@ -315,10 +314,10 @@ def sweep(
         raise TypeError(f"sparsities must be several numbers in [0, 1], got {sparsities!r}")
     if not callable(score) or not (retrain is None or callable(retrain)):
         raise TypeError(f"score and retrain must be functions, got {score!r} and {retrain!r}")
-    sparsities = [_checked_sparsity(sparsity) for sparsity in sparsities]
-    seed = _drawn(generator)
     points = []
-    for sparsity in sparsities:
+    checked = [_checked_sparsity(sparsity) for sparsity in sparsities]
+    seed = _drawn(generator)
+    for sparsity in checked:
         draw = torch.Generator().manual_seed(seed)
         masks = find_masks(model, method, sparsity, scope=scope, skip=skip, generator=draw)
         pruned = copy.deepcopy(model)
@@ -334,14 +333,15 @@ def sweep(
 def _checked_sparsity(sparsity: float) -> float:
     if isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real):
         raise TypeError(f"sparsity must be a number in [0, 1], got {sparsity!r}")
+    sparsity = float(sparsity)
     if not 0 <= sparsity <= 1:
         hint = f": did you mean {sparsity / 100:g}?" if 1 < sparsity <= 100 else ""
         raise ValueError(f"sparsity must be a fraction in [0, 1], got {sparsity:g}{hint}")
-    return float(sparsity)
+    return sparsity
 
 
 def _dense(name: str, tensor: Any) -> Tensor:
-    """The tensor, detached, if it's one that can be pruned."""
+    """The tensor, detached, if it is one that can be pruned."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if nn.parameter.is_lazy(tensor):
@@ -350,134 +350,121 @@ def _dense(name: str, tensor: Any) -> Tensor:
         raise ValueError(f"{name} has no values: it is on the meta device")
     if tensor.layout is not torch.strided:
         raise ValueError(f"{name} must be dense, got {tensor.layout}: convert it with to_dense()")
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name} must be real floating point, got {tensor.dtype}")
+    if not tensor.is_floating_point() or tensor.element_size() not in BITS:
+        raise ValueError(f"{name} must be fp16, bf16, fp32 or fp64, got {tensor.dtype}")
     return tensor.detach()
 
 
 def _finite(name: str, weight: Any) -> Tensor:
     weight = _dense(name, weight)
     # A sum takes a tenth of isfinite's time. It may overflow for finite weights, too, so isfinite has the last word.
-    if not weight.sum(dtype=_widest([weight])).isfinite() and not weight.isfinite().all():
+    if not weight.sum(dtype=_widest(weight)).isfinite() and not weight.isfinite().all():
         raise ValueError(f"{name} must be finite, but has NaN or infinite weights")
     return weight
 
 
-def _widest(tensors: Iterable[Tensor]) -> torch.dtype:
+def _widest(*tensors: Tensor) -> torch.dtype:
     """The smallest type from fp32 up that holds the values of all."""
     return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
 
 
 def _drawn(generator: torch.Generator | None) -> int:
     """A seed, drawn from torch's global generator if none is given."""
-    device = "cpu" if generator is None else generator.device
-    return int(torch.randint(2**62, (), generator=generator, device=device))
-
-
-def _joined(*names: str) -> str:
-    return ".".join(filter(None, names))
+    if not isinstance(generator, torch.Generator | None):
+        raise TypeError(f"generator must be a torch.Generator, got {generator!r}")
+    return int(torch.randint(2**62, (), generator=generator, device=generator.device if generator else "cpu"))
 
 
 def _modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module with the name that the user gave it: wrappers of torch.compile and DataParallel add none."""
+    """Every module with the name that the user gave it: the wrappers of torch.compile and DataParallel add none."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while isinstance(model, wrappers) or "_orig_mod" in model._modules:
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or "_orig_mod" in model._modules:
         model = next(model.children())
     yield name, model
     for child, module in model._modules.items():
         if module is not None:
-            yield from _modules(module, _joined(name, child))
+            yield from _modules(module, f"{name}.{child}".lstrip("."))
 
 
-@dataclass
-class _Weight:
-    """A prunable weight, with the layers that share it."""
+class _Weight(NamedTuple):
+    """A weight to prune."""
 
     name: str
     tensor: Tensor
-    groups: int  # of a transposed convolution, whose weight is (in, out / groups, …); otherwise 0
-    layers: list[str] = field(default_factory=list)
-    biases: dict[int, str] = field(default_factory=dict)  # by identity: a shared layer has several names
+    groups: int  # of a transposed convolution, whose weight is (in, out / groups, …); 0 for other layers
+    biases: list[str]  # more than one if layers share the weight
 
-    def _swapped(self, tensor: Tensor) -> Tensor:
-        """(in, out / groups, …) → (out, in / groups, …), and back."""
+    def turned(self, tensor: Tensor) -> Tensor:
+        """From the layer's layout to outputs first, or back: (in, out / groups, …) ↔ (out, in / groups, …)."""
         return tensor.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1) if self.groups else tensor
 
-    @property
-    def outputs_first(self) -> Tensor:
-        return self._swapped(self.tensor)
-
     def masks(self, keep: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Masks by parameter name from one of shape (units,), or of the weight's shape with its outputs first."""
-        yield self.name, self._swapped(_expanded(keep, self.outputs_first)).contiguous()
-        if keep.dim() == 1:
-            yield from ((bias, keep) for bias in self.biases.values())
+        """Masks by parameter name, from one with outputs first: of the weight's shape, or (units,)."""
+        yield self.name, self.turned(_expanded(keep, self.turned(self.tensor))).contiguous()
+        yield from ((bias, keep) for bias in self.biases if keep.dim() == 1)
 
 
 def _expanded(keep: Tensor, weight: Tensor) -> Tensor:
-    """A mask of weight's shape from one of shape (units,)."""
+    """A mask of weight's shape from one that may be (units,)."""
     return keep[(..., *[None] * (weight.dim() - keep.dim()))].expand_as(weight)
 
 
-def _weights(model: nn.Module, skip: Sequence[str] | None) -> list[_Weight]:
+def _weights(model: nn.Module, skip: Collection[str] | None) -> list[_Weight]:
     """The weights to prune, in order of registration."""
-    found: dict[int, _Weight] = {}
-    elsewhere: set[int] = set()
-    names = []
+    names: list[str] = []
+    others: set[int] = set()
+    holders: dict[int, dict[str, Any]] = {}  # the layers that share a weight, by name
     for name, module in _modules(model):
-        own = dict(module.named_parameters(recurse=False))
-        if not isinstance(module, LAYERS):
-            elsewhere.update(map(id, own.values()))
-            continue
-        names.append(name)
-        tensor: Any = own.get("weight", module)  # the layer itself stands for a weight that is no parameter
-        groups = module.groups if isinstance(module, TRANSPOSED) else 0
-        weight = found.setdefault(id(tensor), _Weight(_joined(name, "weight"), tensor, groups))
-        weight.layers.append(name)
-        if "bias" in own:
-            weight.biases.setdefault(id(own["bias"]), _joined(name, "bias"))
-    prunable = [weight for key, weight in found.items() if key not in elsewhere]
+        if isinstance(module, LAYERS):
+            names.append(name)
+            holders.setdefault(id(module._parameters.get("weight", module)), {})[name] = module
+        else:
+            others.update(map(id, module.parameters(recurse=False)))
+    prunable = [layers for key, layers in holders.items() if key not in others]
     if not prunable:
         raise ValueError(f"the model has no prunable layer: none of {', '.join(kind.__name__ for kind in LAYERS)}")
-    if skip is None and len(prunable) == 1 and names[-1] in prunable[0].layers:
-        raise ValueError(f"the model's only prunable layer, {names[-1]!r}, is spared by default: pass skip=()")
-    spared = {names[-1]} if skip is None else _checked_skip(skip, names)
-    weights = [weight for weight in prunable if spared.isdisjoint(weight.layers)]
-    for weight in weights:
-        if isinstance(weight.tensor, nn.Module):
+    if skip is None and len(prunable) == 1 and names[-1] in prunable[0]:
+        raise ValueError(f"{names[-1]!r} is the model's only prunable layer and spared by default: pass skip=()")
+    if isinstance(skip, str) or not isinstance(skip, Collection | None):
+        raise TypeError(f"skip must be a sequence of layer names, such as ({skip!r},), got {skip!r}")
+    spared = {names[-1]} if skip is None else set(skip)
+    for name in spared.difference(names):
+        raise ValueError(f"skip: the model has no prunable layer {name!r}; it has {', '.join(names)}")
+    weights = []
+    for layers in prunable:
+        name, module = next(iter(layers.items()))
+        name = f"{name}.weight".lstrip(".")
+        if not spared.isdisjoint(layers):
+            continue
+        if "weight" not in module._parameters:
             cure = "torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations"
-            raise ValueError(f"{weight.name} is computed from other parameters: make it one itself, as {cure} do")
-        weight.tensor = _dense(weight.name, weight.tensor)
+            raise ValueError(f"{name} is computed from other parameters: make it permanent with {cure}")
+        biases = {id(each.bias): f"{key}.bias".lstrip(".") for key, each in layers.items() if each.bias is not None}
+        groups = module.groups if isinstance(module, TRANSPOSED) else 0
+        weights.append(_Weight(name, _dense(name, module.weight), groups, list(biases.values())))
     return weights
-
-
-def _checked_skip(skip: Sequence[str], names: Sequence[str]) -> set[str]:
-    if isinstance(skip, str) or not isinstance(skip, Iterable):
-        raise TypeError(f"skip must be several names of layers, such as ({skip!r},), got {skip!r}")
-    for name in skip:
-        if name not in names:
-            raise ValueError(f"skip: the model has no prunable layer {name!r}; it has {', '.join(names)}")
-    return set(skip)
 
 
 @contextlib.contextmanager
 def _seeded(generator: torch.Generator | None, weights: Iterable[_Weight]) -> Iterator[None]:
-    """If a generator is given, torch's global ones draw from a seed of it and are afterwards as they were."""
-    if generator is None:
-        yield
-        return
+    """If a generator is given, torch's global ones draw from a seed of it, and are then put back as they were."""
     devices = sorted({weight.tensor.device.index for weight in weights if weight.tensor.is_cuda})
-    with torch.random.fork_rng(devices):
-        seed = _drawn(generator)
-        for each in (torch.default_generator, *(torch.cuda.default_generators[device] for device in devices)):
-            each.manual_seed(seed)
+    seed = None if generator is None else _drawn(generator)
+    with torch.random.fork_rng(devices, enabled=seed is not None):
+        if seed is not None:
+            for each in (torch.default_generator, *(torch.cuda.default_generators[device] for device in devices)):
+                each.manual_seed(seed)
         yield
 
 
 def _scored(weight: _Weight, score: Callable[[Tensor], Tensor]) -> Tensor:
-    tensor = weight.outputs_first
+    """Scores of a weight, or for magnitudes the weight itself."""
+    tensor = weight.turned(weight.tensor)
+    if weight.tensor.grad is not None:
+        tensor.grad = weight.turned(weight.tensor.grad)
+    if score is torch.abs:
+        return tensor
     scores = score(tensor)
     if not isinstance(scores, Tensor) or not scores.is_floating_point():
         raise TypeError(f"the scores of {weight.name} must be a floating-point tensor, got {scores!r:.80}")
@@ -492,108 +479,84 @@ def _scored(weight: _Weight, score: Callable[[Tensor], Tensor]) -> Tensor:
 def _select(scores: Sequence[Tensor], sparsity: float, absolute: bool = False) -> list[Tensor]:
     """Masks that prune exactly round(sparsity * n) of n scores: the lowest, of equal ones the earlier first.
 
-    With `absolute`, magnitudes of the scores are ranked, taken block by block.
+    With `absolute` it is the scores' magnitudes that are ranked.
     """
     total = sum(each.numel() for each in scores)
     count = round(sparsity * total)
     if count in (0, total):
         return [torch.full(each.shape, count == 0, device=each.device) for each in scores]
-    blocks = functools.partial(_blocks, dtype=_widest(scores), absolute=absolute)
-    value, ties = _threshold(scores, count, blocks)
+    blocks = functools.partial(_blocks, dtype=_widest(*scores), absolute=absolute)
+    value, stay = _threshold(scores, count, blocks)
     masks = []
-    for each in scores:
-        on_cpu = each.device.type == "cpu"
+    for each in reversed(scores):
+        library: Any = np if each.device.type in NUMPY else torch
         # NumPy asks for huge pages, which makes a large new array several times cheaper to fill.
-        mask: Any = np.empty(each.numel(), bool) if on_cpu else torch.empty_like(each, dtype=torch.bool).view(-1)
-        start = 0
-        for block in blocks(each):
-            keep = mask[start : start + len(block)]
-            keep[...] = block > value
-            equal = block == value
-            if (tied := _count(equal)) > ties:
-                keep |= equal & (equal.cumsum(0) > ties)
-            ties = max(ties - tied, 0)
-            start += len(block)
+        mask = np.empty(each.numel(), bool) if library is np else torch.empty_like(each, dtype=torch.bool).view(-1)
+        for where, block in blocks(each):
+            mask[where] = block > value
+            if stay:
+                tied = library.argwhere(block == value)[-stay:, 0]
+                mask[where][tied] = True
+                stay -= len(tied)
         masks.append(torch.as_tensor(mask).view(each.shape))
-    return masks
+    return masks[::-1]
 
 
-def _blocks(scores: Tensor, dtype: torch.dtype, absolute: bool) -> Iterator[Any]:
-    """Scores in blocks: NumPy arrays on the CPU, where they are ranked faster, tensors elsewhere."""
-    on_cpu = scores.device.type == "cpu"
-    for block in scores.reshape(-1).split(CPU_BLOCK if on_cpu else GPU_BLOCK):
-        block = block.to(dtype)
-        block = block.numpy() if on_cpu else block
-        yield abs(block) if absolute else block
+def _blocks(scores: Tensor, dtype: torch.dtype, absolute: bool) -> Iterator[tuple[slice, Any]]:
+    """Each block's place and scores, the last first: NumPy arrays on the CPU, where they are faster, else tensors."""
+    flat, device = scores.reshape(-1), scores.device.type
+    step = BLOCK.get(device, BLOCK["cuda"])
+    for start in reversed(range(0, len(flat), step)):
+        where = slice(start, start + step)
+        block: Any = flat[where].to(dtype)
+        block = block.numpy() if device in NUMPY else block
+        yield where, abs(block) if absolute else block
 
 
-def _count(flags: Any) -> int:
-    return int(np.count_nonzero(flags) if isinstance(flags, np.ndarray) else flags.count_nonzero())
+def _threshold(scores: Sequence[Tensor], count: int, blocks: Blocks) -> tuple[float, int]:
+    """The count-th lowest score, and how many scores that equal it are not among the count lowest.
 
-
-def _threshold(scores: Sequence[Tensor], count: int, blocks: Callable[[Tensor], Iterator[Any]]) -> tuple[float, int]:
-    """The count-th lowest score, and how many of those equal to it are among the count lowest.
-
-    A random sample gives a narrow range that all but surely holds it. One pass then counts what lies below the range
-    and takes out what lies in it; should the sample have misled, the range is widened.
+    A random sample gives a range that should hold it. All scores are compared with the range, but only those within it
+    are taken out and ranked.
 
     Source: Floyd and Rivest, "Expected Time Bounds for Selection" (1975).
     """
-    total = sum(each.numel() for each in scores)
-    fraction = 1.0 if total <= 2**14 else total ** (-1 / 3)
-    random = np.random.default_rng(0)
-    sample = np.sort(
-        np.concatenate([_at_hand(block) for each in scores for block in blocks(_drawn_from(each, fraction, random))])
-    )
-    rank = (count - 1) * len(sample) / total
-    margin = 0.0 if fraction == 1 else 4 * math.sqrt(rank * (1 - count / total)) + 4  # 4 standard deviations
-    while True:
-        first, last = math.floor(rank - margin), math.ceil(rank + margin)
-        low = float(sample[first]) if first >= 0 else -math.inf
-        high = float(sample[last]) if last < len(sample) else math.inf
-        below, at_low, between, at_high = _split(scores, low, high, blocks)
-        rest = count - below
-        if 0 < rest <= at_low + len(between) + at_high:
+    for deviations in (3, 30, math.inf):
+        low, high = _range(scores, count, deviations, blocks)
+        below, at_low, within, between = 0, 0, 0, []
+        for _, block in itertools.chain.from_iterable(map(blocks, scores)):
+            under = block < low
+            inside = torch.as_tensor(block[(block <= high) ^ under]).cpu().numpy()
+            below += int((np if isinstance(block, np.ndarray) else torch).count_nonzero(under))
+            at_low += int(np.count_nonzero(inside == low))
+            within += len(inside)
+            between.append(inside[(inside > low) & (inside < high)])  # what equals the ends can be too much to hold
+        if below < count <= below + within:
             break
-        margin = 8 * (margin + 1)
-    if rest <= at_low:
-        return low, rest
-    rest -= at_low
-    if rest > len(between):
-        return high, rest - len(between)
-    value = float(np.partition(between, rest - 1)[rest - 1])
-    return value, rest - _count(between < value)
+    rank, found = count - below, np.concatenate(between)
+    if rank <= at_low:
+        return low, at_low - rank
+    if rank > at_low + len(found):
+        return high, within - rank
+    value = np.partition(found, rank - at_low - 1)[rank - at_low - 1]
+    return float(value), at_low + int(np.count_nonzero(found <= value)) - rank
 
 
-def _drawn_from(scores: Tensor, fraction: float, random: np.random.Generator) -> Tensor:
-    """About that fraction of the scores, drawn at random; for 1 all of them."""
-    if fraction == 1:
-        return scores
-    picks = random.integers(scores.numel(), size=random.binomial(scores.numel(), fraction))
-    return scores.reshape(-1)[torch.from_numpy(picks).to(scores.device)]
-
-
-def _split(
-    scores: Sequence[Tensor], low: float, high: float, blocks: Callable[[Tensor], Iterator[Any]]
-) -> tuple[int, int, np.ndarray, int]:
-    """How many scores are below low, how many equal it, those between it and high, and how many equal high."""
-    below = at_low = within = 0
-    between = []
-    for block in itertools.chain.from_iterable(map(blocks, scores)):
-        under = block < low
-        inside = _at_hand(block[(block <= high) ^ under])
-        below += _count(under)
-        within += len(inside)
-        at_low += _count(inside == low)
-        between.append(inside[(inside > low) & (inside < high)])  # ties may be too many to hold
-    found = np.concatenate(between)
-    return below, at_low, found, within - at_low - len(found)
-
-
-def _at_hand(block: Any) -> np.ndarray:
-    return block if isinstance(block, np.ndarray) else block.cpu().numpy()
-
-
-def _is_empty(keep: Tensor) -> bool:
-    """Whether a mask keeps nothing, though there was something to keep."""
-    return keep.numel() > 0 and not (keep.numpy() if keep.device.type == "cpu" else keep).any()
+def _range(scores: Sequence[Tensor], count: int, deviations: float, blocks: Blocks) -> tuple[float, float]:
+    """Where the count-th lowest score lies: within so many standard deviations of its place in a random sample."""
+    total = sum(each.numel() for each in scores)
+    if total < SAMPLED or deviations == math.inf:
+        return -math.inf, math.inf
+    random = np.random.default_rng(0)
+    parts = []
+    for each in scores:
+        places = random.integers(each.numel(), size=random.binomial(each.numel(), 2 * total ** (-1 / 3)))
+        drawn = each.reshape(-1).index_select(0, torch.from_numpy(places).to(each.device))
+        parts += [torch.as_tensor(block).cpu().numpy() for _, block in blocks(drawn)]
+    sample = np.concatenate(parts)
+    place = len(sample) * count / total
+    margin = deviations * math.sqrt(place * (1 - count / total)) + deviations
+    first, last = math.floor(place - margin), math.ceil(place + margin)
+    sample.partition([rank for rank in (first, last) if 0 <= rank < len(sample)])
+    low = float(sample[first]) if first >= 0 else -math.inf
+    return low, float(sample[last]) if last < len(sample) else math.inf

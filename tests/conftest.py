@@ -7,6 +7,10 @@ ROOT = Path(__file__).resolve().parent.parent
 MNIST = ROOT / "inputs" / "MNIST" / "raw"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=2, help="how often to kill a run at a random moment (default: 2)")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     names = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
     if all((MNIST / name).is_file() or (MNIST / f"{name}.gz").is_file() for name in names):

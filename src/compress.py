@@ -1,0 +1,394 @@
+"""Make the zeros pay: smaller networks, sparse kernels, small files, and what they cost.
+
+A mask makes nothing smaller or faster by itself. `shrink` removes pruned units, `to_sparse` skips pruned weights,
+`save_compressed` stores neither. They take a `NeuralNetwork` or an `nn.Sequential` of Linear layers (with or without
+bias), elementwise activations with f(0) = 0, Dropout and Flatten.
+"""
+
+import copy
+import inspect
+import io
+import math
+import pickle
+import warnings
+import zipfile
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.benchmark import Measurement, Timer
+
+from model import NeuralNetwork
+from utils import atomic_write
+
+_ACTIVATIONS = (  # elementwise, with f(0) = 0: a unit that receives nothing sends nothing
+    *(nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardswish, nn.Identity, nn.LeakyReLU, nn.Mish, nn.ReLU, nn.ReLU6),
+    *(nn.SELU, nn.SiLU, nn.Softshrink, nn.Softsign, nn.Tanh, nn.Tanhshrink),
+)
+_LAYERS = (nn.Linear, nn.Dropout, nn.Flatten, *_ACTIVATIONS)
+_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (NeuralNetwork, nn.Sequential, *_LAYERS)}
+_FORMAT = "compressed network, version 1"
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an entry
+_MKL = torch.backends.mkl.is_available()
+
+# Measured on a 2-core x86 CPU with AVX-512, fp32, layers of 200 x 500 to 1000 x 1000.
+_DENSITY = 1 / 3  # XXX
+_SUM_BATCH = 16  # XXX
+_PIECE = 256  # XXX
+
+
+def shrink(model: nn.Module) -> nn.Module:
+    """A smaller network with the same outputs: every unit that cannot change them is removed.
+
+    A unit goes when its incoming weights are all zero: what it sends is constant and moves into the next layer's
+    biases. Where that layer has none, it goes only if it sends zero. A unit also goes when its outgoing weights are all
+    zero; and so on until no more can go. Inputs and logits stay, and so does one unit of every layer, its weights zero.
+    Logits are equal to rounding in eval mode; in training mode, a constant that has moved is not subject to dropout.
+
+    Args:
+        model: a model as above; it is not changed.
+
+    Returns:
+        An ordinary dense model of the same class, dtype, device, mode and requires_grad. It has new parameters and no
+        gradients: training it takes a new optimizer.
+
+    Raises:
+        ValueError: an unsupported module, layers that do not fit, or NaN or infinite weights.
+
+    Example:
+        >>> model = NeuralNetwork((784, 100, 10))
+        >>> with torch.no_grad():
+        ...     model.fc1.weight[:75] = 0
+        >>> shrink(model).sizes
+        (784, 25, 10)
+    """
+    _layers(model)
+    for name, parameter in model.named_parameters():
+        if not parameter.detach().abs().amax().isfinite():
+            raise ValueError(f"{name} has NaN or infinite values: removing units could hide them")
+    smaller = copy.deepcopy(model)
+    smaller.zero_grad()
+    layers = [layer for _, layer in _layers(smaller)]
+    places = [place for place, layer in enumerate(layers) if isinstance(layer, nn.Linear)]
+    with torch.no_grad():
+        for place, after in pairwise(places):
+            _drop_constant(layers[place], layers[place + 1 : after], layers[after])
+        for place, after in reversed([*pairwise(places)]):  # once each way is enough: unread units feed no kept unit
+            _keep(layers[place], layers[after], layers[after].weight.abs().amax(0) != 0)
+    return smaller
+
+
+def _drop_constant(layer: nn.Linear, between: list[nn.Module], following: nn.Linear) -> None:
+    """Remove the units of `layer` that no input reaches, once what they send is in the biases of `following`."""
+    sends = torch.zeros_like(layer.weight[:, 0]) if layer.bias is None else layer.bias.clone()  # (units,)
+    for module in between:
+        if isinstance(module, _ACTIVATIONS):
+            sends = module(sends)
+    constant = layer.weight.abs().amax(1) == 0  # (units,)
+    if following.bias is None:
+        constant &= sends == 0
+    else:
+        following.bias += following.weight @ torch.where(constant, sends, 0)
+    _keep(layer, following, ~constant)
+
+
+def _keep(layer: nn.Linear, following: nn.Linear, keep: Tensor) -> None:
+    """Cut `layer`, and what `following` reads of it, to the units marked in `keep` (units,), in place."""
+    if keep.all():
+        return
+    if not keep.any():  # initializers, exporters and kernels do not take empty layers well: one unit stays
+        keep = torch.arange(len(keep), device=keep.device) == 0
+        for parameter in (*layer.parameters(), following.weight):
+            parameter.zero_()
+    units = keep.nonzero().squeeze(1)
+    for parameter in layer.parameters():
+        parameter.data = parameter.index_select(0, units)
+    following.weight.data = following.weight.index_select(1, units)
+    layer.out_features = following.in_features = len(units)
+
+
+def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Names and layers of a supported model in the order in which they run."""
+    if type(model) is NeuralNetwork:
+        linears = list(model.named_children())
+        pairs = [("", nn.Flatten()), *(pair for linear in linears for pair in (linear, ("", nn.ReLU(inplace=True))))][
+            :-1
+        ]
+    elif type(model) is nn.Sequential:
+        modules = model.named_modules(remove_duplicate=False)
+        pairs = [(name, module) for name, module in modules if type(module) is not nn.Sequential]
+    else:
+        raise ValueError(f"expected a NeuralNetwork or an nn.Sequential, got {type(model).__name__}")
+    for name, layer in pairs:
+        if type(layer) not in _LAYERS:
+            known = ", ".join(kind.__name__ for kind in _LAYERS)
+            raise ValueError(f"{name} is a {type(layer).__name__}; supported are {known}")
+        if isinstance(layer, nn.Linear) and not isinstance(layer.weight, nn.Parameter):
+            raise ValueError(f"{name}.weight is computed; make it permanent (torch.nn.utils.prune.remove) first")
+    linears = [(name, layer) for name, layer in pairs if isinstance(layer, nn.Linear)]
+    if len({layer.weight for _, layer in linears}) < len(linears):
+        raise ValueError("two layers share one weight")
+    for (before, layer), (after, following) in pairwise(linears):
+        if following.in_features != layer.out_features:
+            raise ValueError(
+                f"{after} takes {following.in_features} inputs, but {before} has {layer.out_features} units"
+            )
+    return pairs
+
+
+class SparseLinear(nn.Module):
+    """A Linear layer that stores its non-zero weights only (CSR) and multiplies by those; for inference."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        with warnings.catch_warnings():  # once a process, torch calls CSR tensors a beta feature
+            warnings.simplefilter("ignore", UserWarning)
+            csr = layer.weight.detach().to_sparse_csr()
+            rows, columns = csr.crow_indices().int(), csr.col_indices().int()
+            self.register_buffer("weight", torch.sparse_csr_tensor(rows, columns, csr.values(), csr.shape))
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(…, in_features) to (…, out_features)."""
+        if features.shape[-1] != self.in_features:
+            raise ValueError(f"expected {self.in_features} features, got {features.shape[-1]}")
+        # Transposed, so that each weight scales one contiguous row. The result is a view of a transposed matrix; since
+        # elementwise layers keep the order in memory, the next SparseLinear finds it ready.
+        rows = features.reshape(-1, self.in_features).t().contiguous()  # (in, B)
+        if rows.shape[1] < _SUM_BATCH and _MKL and rows.dtype in (torch.float32, torch.float64):
+            product = (self.weight @ rows.squeeze(1)).view(self.out_features, -1)  # (out, B)
+        else:
+            product = nn.functional.embedding_bag(  # sums weighted rows: several times faster than the CSR product
+                self.weight.col_indices(),
+                rows,
+                self.weight.crow_indices(),
+                mode="sum",
+                per_sample_weights=self.weight.values(),
+                include_last_offset=True,
+            )  # (out, B)
+        if self.bias is not None:
+            product += self.bias.unsqueeze(1)
+        return product.t().reshape(*features.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """Shown by print."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, nnz={self.weight.values().numel()}"
+
+
+class SparseNetwork(nn.Sequential):
+    """Layers of which some are SparseLinear."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits of a batch (B, …), which goes through in pieces that stay in the cache of a CPU."""
+        if features.is_cuda:
+            return super().forward(features)
+        return torch.cat([super(SparseNetwork, self).forward(piece) for piece in features.split(_PIECE)])
+
+
+def to_sparse(model: nn.Module) -> SparseNetwork:
+    """A copy for inference that skips the zeros: Linear layers with few enough non-zero weights hold them as CSR.
+
+    A layer stays dense when more than a third of its weights are non-zero, as the dense product is faster then. Use it
+    after weight pruning; after unit pruning, `shrink` alone is faster. Batches of 32 and more gain most. On CUDA it is
+    untested.
+
+    Args:
+        model: a model as above; it is not changed.
+
+    Returns:
+        A network in eval mode that takes (B, …) and gives the logits of `model` in eval mode, to float rounding.
+
+    Raises:
+        ValueError: an unsupported module, or layers that do not fit.
+
+    Example:
+        >>> model = NeuralNetwork((784, 100, 10))
+        >>> with torch.no_grad():
+        ...     model.fc1.weight[:, 20:] = 0
+        >>> to_sparse(model)[1]
+        SparseLinear(in_features=784, out_features=100, nonzero=2000)
+    """
+    layers: list[nn.Module] = []
+    for _, layer in _layers(model):
+        sparse = isinstance(layer, nn.Linear) and layer.weight.count_nonzero() <= _DENSITY * layer.weight.numel()
+        layers.append(SparseLinear(layer) if sparse else copy.deepcopy(layer))
+    return SparseNetwork(*layers).eval().requires_grad_(False)
+
+
+def save_compressed(model: nn.Module, path: str | Path, info: dict[str, Any] | None = None) -> None:
+    """Save a model in as few bytes as its zeros allow, exactly: `load_compressed` gives every bit back.
+
+    Each tensor is stored as the smallest of: all its values; a bit per entry and the non-zero values; the gaps between
+    the non-zero entries, a byte each, and their values. To drop removed units too, save `shrink(model)`.
+
+    Args:
+        model: a model as above, on any device.
+        path: file to write, whole or not at all; its folder must exist.
+        info: what to keep with it, e.g. {"accuracy": 0.98}: a dict of plain values (str, int, float, list, dict, ...).
+
+    Raises:
+        ValueError: a model or `info` that cannot be stored.
+        OSError: the file cannot be written.
+
+    Source: S. Han, H. Mao, W. J. Dally, "Deep Compression", ICLR 2016, for the gaps.
+    """
+    data = _compressed(model, {} if info is None else info)
+    with atomic_write(Path(path)) as temporary:
+        temporary.write_bytes(data)
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Size in bytes of the file that ``save_compressed(model, path)`` writes.
+
+    Raises:
+        ValueError: a model that cannot be stored.
+
+    Example:
+        >>> model = NeuralNetwork((784, 100, 10))
+        >>> dense = stored_bytes(model)
+        >>> with torch.no_grad():
+        ...     model.fc1.weight[:, 20:] = 0
+        >>> stored_bytes(model) < dense / 10
+        True
+    """
+    return len(_compressed(model, {}))
+
+
+def load_compressed(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Load what `save_compressed` wrote. Nothing in the file is ever executed.
+
+    Returns:
+        The model, on the CPU, in the mode it was saved in, with gradients enabled; and `info` ({} if none was given).
+        Values are those that were saved, NaN included.
+
+    Raises:
+        ValueError: the file is cut short, damaged or not one of these.
+        OSError: the file cannot be read.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            if not zipfile.is_zipfile(file):
+                raise ValueError("cut short, or not written by save_compressed")
+            file.seek(0)
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise ValueError("not written by save_compressed")
+        model = _build(content["modules"])
+        state = {name: _unpack(*packed) for name, packed in content["tensors"].items()}
+        model.load_state_dict(state, assign=True)
+        return model.train(content["training"]), content["info"]
+    except OSError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path}: holds objects that are not plain data; they were not loaded") from error
+    except Exception as error:  # what a damaged file makes of torch's reader has no common type
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: {reason}") from error
+
+
+def _compressed(model: nn.Module, info: dict[str, Any]) -> memoryview:
+    """The bytes of the file: not written straight to it, as torch would store its name, and so change the size."""
+    _layers(model)
+    modules = [("", "NeuralNetwork", {"sizes": model.sizes})]
+    if not isinstance(model, NeuralNetwork):
+        named = model.named_modules(remove_duplicate=False)
+        modules = [(name, type(module).__name__, _arguments(module)) for name, module in named]
+    state = model.state_dict()
+    expected = _build(modules).state_dict()
+    if {name: tensor.shape for name, tensor in state.items()} != {n: tensor.shape for n, tensor in expected.items()}:
+        raise ValueError(f"the model's layers have {', '.join(expected)}; it has {', '.join(state)}")
+    tensors = {name: _pack(tensor) for name, tensor in state.items()}
+    content = dict(format=_FORMAT, modules=modules, tensors=tensors, training=model.training, info=info)
+    buffer = io.BytesIO()
+    try:
+        torch.save(content, buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)
+    except Exception as error:
+        raise ValueError("info may hold plain values only: str, int, float, bool, None, list, tuple, dict") from error
+    return buffer.getbuffer()
+
+
+def _arguments(module: nn.Module) -> dict[str, Any]:
+    """The plain arguments that make such a module."""
+    names = inspect.signature(type(module)).parameters
+    arguments = {name: value for name, value in vars(module).items() if name in names}
+    return arguments | ({"bias": module.bias is not None} if isinstance(module, nn.Linear) else {})
+
+
+def _build(modules: list[tuple[str, str, dict[str, Any]]]) -> nn.Module:
+    """A model without values, from (name, class, arguments) of each of its modules, parents first."""
+    with torch.device("meta"):  # neither memory nor random numbers are spent on values that are replaced
+        (_, kind, arguments), *inner = modules
+        model = _KINDS[kind](**arguments)
+        for name, kind, arguments in inner:
+            parent, _, own_name = name.rpartition(".")
+            model.get_submodule(parent).add_module(own_name, _KINDS[kind](**arguments))
+    _layers(model)
+    return model
+
+
+def _pack(tensor: Tensor) -> tuple[str, list[int], Tensor, Tensor]:
+    """A tensor as (encoding, shape, index, values), in the smallest encoding. -0.0 counts as non-zero: it has a bit."""
+    flat = tensor.detach().cpu().flatten()
+    nonzero = (flat.view(_BITS[flat.element_size()]) != 0).numpy()
+    positions = np.flatnonzero(nonzero)
+    indices = {"bitmask": np.packbits(nonzero), "gaps": _gaps(positions)}
+    encoding = min(indices, key=lambda name: indices[name].size)
+    index = torch.from_numpy(indices[encoding])
+    if len(index) + len(positions) * flat.element_size() >= flat.nbytes:
+        return "dense", list(tensor.shape), torch.empty(0, dtype=torch.uint8), flat.clone()
+    return encoding, list(tensor.shape), index, flat[torch.from_numpy(positions)]
+
+
+def _gaps(positions: np.ndarray) -> np.ndarray:
+    """Rising positions as bytes: each is the step from the one before, and 255 is a step without a position."""
+    long_steps, rest = np.divmod(np.diff(positions, prepend=0), 255)
+    gaps = np.full(len(positions) + long_steps.sum(), 255, np.uint8)
+    gaps[np.cumsum(long_steps + 1) - 1] = rest
+    return gaps
+
+
+def _unpack(encoding: str, shape: list[int], index: Tensor, values: Tensor) -> Tensor:
+    """The tensor that `_pack` packed."""
+    if not values.is_floating_point():
+        raise ValueError(f"holds {values.dtype} values where floating-point ones are due")
+    if encoding == "dense":
+        return values.reshape(shape)
+    size, steps = math.prod(shape), index.numpy()
+    if encoding == "bitmask":
+        positions = np.flatnonzero(np.unpackbits(steps, count=size))
+    else:
+        positions = np.cumsum(steps, dtype=np.int64)[steps != 255]
+    if len(positions) != len(values) or np.any(np.diff(positions, append=size) < 1):
+        raise ValueError("holds impossible indices")
+    flat = torch.zeros(size, dtype=values.dtype)
+    flat[torch.from_numpy(positions)] = values
+    return flat.reshape(shape)
+
+
+def latency(model: nn.Module, batch: Tensor, min_run_time: float = 0.5) -> Measurement:
+    """Time of ``model(batch)`` for inference, in the mode the model is in, on torch's current number of threads.
+
+    Args:
+        model: any module.
+        batch: (B, …) input, on the model's device.
+        min_run_time: seconds to measure for, after a warm-up.
+
+    Returns:
+        A `Measurement`: ``.median`` and ``.iqr`` (the spread: interquartile range) in seconds a batch, ``.times``, and
+        ``.num_threads``. CUDA is synchronized around each time.
+
+    Example:
+        >>> latency(NeuralNetwork((784, 100, 10)), torch.rand(256, 784), min_run_time=0.01).median < 1
+        True
+    """
+    timer = Timer("model(batch)", globals={"model": model, "batch": batch}, num_threads=torch.get_num_threads())
+    with torch.inference_mode():
+        timer.timeit(3)  # the first calls allocate, and choose kernels
+        return timer.blocked_autorange(min_run_time=min_run_time)
