@@ -14,27 +14,27 @@ import warnings
 import zipfile
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Measurement, Timer
 
 from model import NeuralNetwork
 from utils import atomic_write
 
+if TYPE_CHECKING:
+    from torch.utils.benchmark import Measurement
+
 _ACTIVATIONS = (  # elementwise, with f(0) = 0: a unit that receives nothing sends nothing
-    *(nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardswish, nn.Identity, nn.LeakyReLU, nn.Mish, nn.ReLU, nn.ReLU6),
-    *(nn.SELU, nn.SiLU, nn.Softshrink, nn.Softsign, nn.Tanh, nn.Tanhshrink),
+    *(nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardswish, nn.Identity, nn.LeakyReLU, nn.Mish, nn.ReLU),
+    *(nn.ReLU6, nn.SELU, nn.SiLU, nn.Softshrink, nn.Softsign, nn.Tanh, nn.Tanhshrink),
 )
 _LAYERS = (nn.Linear, nn.Dropout, nn.Flatten, *_ACTIVATIONS)
-_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (NeuralNetwork, nn.Sequential, *_LAYERS)}
+_CLASSES: dict[str, Any] = {kind.__name__: kind for kind in (NeuralNetwork, nn.Sequential, *_LAYERS)}
 _FORMAT = "compressed network, version 1"
-
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an entry
 _MKL = torch.backends.mkl.is_available()
-
 # Measured on a 2-core x86 CPU with AVX-512, fp32, layers of 200 x 500 to 1000 x 1000.
 _DENSITY = 1 / 3  # XXX
 _SUM_BATCH = 16  # XXX
@@ -91,8 +91,8 @@ def _drop_constant(layer: nn.Linear, between: list[nn.Module], following: nn.Lin
     constant = layer.weight.abs().amax(1) == 0  # (units,)
     if following.bias is None:
         constant &= sends == 0
-    else:
-        following.bias += following.weight @ torch.where(constant, sends, 0)
+    elif constant.any():
+        following.bias.add_(following.weight @ torch.where(constant, sends, 0))
     _keep(layer, following, ~constant)
 
 
@@ -111,13 +111,12 @@ def _keep(layer: nn.Linear, following: nn.Linear, keep: Tensor) -> None:
     layer.out_features = following.in_features = len(units)
 
 
-def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def _layers(model: nn.Module) -> list[tuple[str, Any]]:
     """Names and layers of a supported model in the order in which they run."""
     if type(model) is NeuralNetwork:
         linears = list(model.named_children())
-        pairs = [("", nn.Flatten()), *(pair for linear in linears for pair in (linear, ("", nn.ReLU(inplace=True))))][
-            :-1
-        ]
+        relu = ("", nn.ReLU(inplace=True))
+        pairs = [("", nn.Flatten()), *(pair for linear in linears for pair in (linear, relu))][:-1]
     elif type(model) is nn.Sequential:
         modules = model.named_modules(remove_duplicate=False)
         pairs = [(name, module) for name, module in modules if type(module) is not nn.Sequential]
@@ -125,8 +124,8 @@ def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
         raise ValueError(f"expected a NeuralNetwork or an nn.Sequential, got {type(model).__name__}")
     for name, layer in pairs:
         if type(layer) not in _LAYERS:
-            known = ", ".join(kind.__name__ for kind in _LAYERS)
-            raise ValueError(f"{name} is a {type(layer).__name__}; supported are {known}")
+            supported = "Linear, Dropout, Flatten and elementwise activations with f(0) = 0"
+            raise ValueError(f"{name} is a {type(layer).__name__}; supported are {supported}")
         if isinstance(layer, nn.Linear) and not isinstance(layer.weight, nn.Parameter):
             raise ValueError(f"{name}.weight is computed; make it permanent (torch.nn.utils.prune.remove) first")
     linears = [(name, layer) for name, layer in pairs if isinstance(layer, nn.Linear)]
@@ -134,14 +133,15 @@ def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
         raise ValueError("two layers share one weight")
     for (before, layer), (after, following) in pairwise(linears):
         if following.in_features != layer.out_features:
-            raise ValueError(
-                f"{after} takes {following.in_features} inputs, but {before} has {layer.out_features} units"
-            )
+            raise ValueError(f"{after} takes {following.in_features} inputs, {before} has {layer.out_features} units")
     return pairs
 
 
 class SparseLinear(nn.Module):
     """A Linear layer that stores its non-zero weights only (CSR) and multiplies by those; for inference."""
+
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -149,8 +149,8 @@ class SparseLinear(nn.Module):
         with warnings.catch_warnings():  # once a process, torch calls CSR tensors a beta feature
             warnings.simplefilter("ignore", UserWarning)
             csr = layer.weight.detach().to_sparse_csr()
-            rows, columns = csr.crow_indices().int(), csr.col_indices().int()
-            self.register_buffer("weight", torch.sparse_csr_tensor(rows, columns, csr.values(), csr.shape))
+            indices = csr.crow_indices().int(), csr.col_indices().int()  # MKL copies wider ones at every call
+            self.register_buffer("weight", torch.sparse_csr_tensor(*indices, csr.values(), csr.shape))
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
 
     def forward(self, features: Tensor) -> Tensor:
@@ -162,22 +162,18 @@ class SparseLinear(nn.Module):
         rows = features.reshape(-1, self.in_features).t().contiguous()  # (in, B)
         if rows.shape[1] < _SUM_BATCH and _MKL and rows.dtype in (torch.float32, torch.float64):
             product = (self.weight @ rows.squeeze(1)).view(self.out_features, -1)  # (out, B)
-        else:
-            product = nn.functional.embedding_bag(  # sums weighted rows: several times faster than the CSR product
-                self.weight.col_indices(),
-                rows,
-                self.weight.crow_indices(),
-                mode="sum",
-                per_sample_weights=self.weight.values(),
-                include_last_offset=True,
-            )  # (out, B)
+        else:  # a kernel made to sum weighted rows is several times faster than the CSR product
+            columns, starts, values = self.weight.col_indices(), self.weight.crow_indices(), self.weight.values()
+            product = nn.functional.embedding_bag(
+                columns, rows, starts, mode="sum", per_sample_weights=values, include_last_offset=True
+            )
         if self.bias is not None:
             product += self.bias.unsqueeze(1)
         return product.t().reshape(*features.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """Shown by print."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, nnz={self.weight.values().numel()}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, nonzero={len(self.weight.values())}"
 
 
 class SparseNetwork(nn.Sequential):
@@ -193,9 +189,9 @@ class SparseNetwork(nn.Sequential):
 def to_sparse(model: nn.Module) -> SparseNetwork:
     """A copy for inference that skips the zeros: Linear layers with few enough non-zero weights hold them as CSR.
 
-    A layer stays dense when more than a third of its weights are non-zero, as the dense product is faster then. Use it
-    after weight pruning; after unit pruning, `shrink` alone is faster. Batches of 32 and more gain most. On CUDA it is
-    untested.
+    A layer stays dense when more than a third of its weights are non-zero: the dense product is faster then. This is
+    for weight pruning; after unit pruning, `shrink` alone is faster. It gains most on batches of 32 and more. On CUDA
+    it is untested.
 
     Args:
         model: a model as above; it is not changed.
@@ -224,12 +220,12 @@ def save_compressed(model: nn.Module, path: str | Path, info: dict[str, Any] | N
     """Save a model in as few bytes as its zeros allow, exactly: `load_compressed` gives every bit back.
 
     Each tensor is stored as the smallest of: all its values; a bit per entry and the non-zero values; the gaps between
-    the non-zero entries, a byte each, and their values. To drop removed units too, save `shrink(model)`.
+    the non-zero entries, a byte each, and their values. To drop removed units too, save ``shrink(model)``.
 
     Args:
         model: a model as above, on any device.
         path: file to write, whole or not at all; its folder must exist.
-        info: what to keep with it, e.g. {"accuracy": 0.98}: a dict of plain values (str, int, float, list, dict, ...).
+        info: plain values (str, int, float, list, dict, …) to keep with it, such as {"accuracy": 0.98}.
 
     Raises:
         ValueError: a model or `info` that cannot be stored.
@@ -237,7 +233,7 @@ def save_compressed(model: nn.Module, path: str | Path, info: dict[str, Any] | N
 
     Source: S. Han, H. Mao, W. J. Dally, "Deep Compression", ICLR 2016, for the gaps.
     """
-    data = _compressed(model, {} if info is None else info)
+    data = _compressed(model, info)
     with atomic_write(Path(path)) as temporary:
         temporary.write_bytes(data)
 
@@ -256,93 +252,88 @@ def stored_bytes(model: nn.Module) -> int:
         >>> stored_bytes(model) < dense / 10
         True
     """
-    return len(_compressed(model, {}))
+    return len(_compressed(model))
 
 
 def load_compressed(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """Load what `save_compressed` wrote. Nothing in the file is ever executed.
 
     Returns:
-        The model, on the CPU, in the mode it was saved in, with gradients enabled; and `info` ({} if none was given).
-        Values are those that were saved, NaN included.
+        The model, on the CPU, in the mode it was saved in; and its `info`, {} if it had none. Values are as they were
+        saved, NaN included.
 
     Raises:
         ValueError: the file is cut short, damaged or not one of these.
         OSError: the file cannot be read.
     """
-    try:
-        with Path(path).open("rb") as file:
-            if not zipfile.is_zipfile(file):
-                raise ValueError("cut short, or not written by save_compressed")
-            file.seek(0)
-            content = torch.load(file, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict) or content.get("format") != _FORMAT:
-            raise ValueError("not written by save_compressed")
-        model = _build(content["modules"])
-        state = {name: _unpack(*packed) for name, packed in content["tensors"].items()}
-        model.load_state_dict(state, assign=True)
-        return model.train(content["training"]), content["info"]
-    except OSError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path}: holds objects that are not plain data; they were not loaded") from error
-    except Exception as error:  # what a damaged file makes of torch's reader has no common type
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: {reason}") from error
+    with Path(path).open("rb") as file:
+        try:
+            return _read(file)
+        except Exception as error:  # what a damaged file makes of torch's reader has no common type
+            raise ValueError(f"{path}: {_reason(error)}") from error
 
 
-def _compressed(model: nn.Module, info: dict[str, Any]) -> memoryview:
-    """The bytes of the file: not written straight to it, as torch would store its name, and so change the size."""
-    _layers(model)
-    modules = [("", "NeuralNetwork", {"sizes": model.sizes})]
-    if not isinstance(model, NeuralNetwork):
+def _compressed(model: nn.Module, info: dict[str, Any] | None = None) -> memoryview:
+    """The bytes of the file. In memory first: torch puts the name of a file into it, and they are read back here."""
+    modules = [("", "NeuralNetwork", {"sizes": getattr(model, "sizes", ())})]
+    if type(model) is not NeuralNetwork:
+        _layers(model)
         named = model.named_modules(remove_duplicate=False)
         modules = [(name, type(module).__name__, _arguments(module)) for name, module in named]
-    state = model.state_dict()
-    expected = _build(modules).state_dict()
-    if {name: tensor.shape for name, tensor in state.items()} != {n: tensor.shape for n, tensor in expected.items()}:
-        raise ValueError(f"the model's layers have {', '.join(expected)}; it has {', '.join(state)}")
-    tensors = {name: _pack(tensor) for name, tensor in state.items()}
-    content = dict(format=_FORMAT, modules=modules, tensors=tensors, training=model.training, info=info)
+    tensors = {name: _pack(tensor) for name, tensor in model.state_dict().items()}
+    content = dict(format=_FORMAT, modules=modules, tensors=tensors, training=model.training, info=dict(info or {}))
     buffer = io.BytesIO()
     try:
         torch.save(content, buffer)
-        buffer.seek(0)
-        torch.load(buffer, weights_only=True)
+        _read(buffer)
     except Exception as error:
-        raise ValueError("info may hold plain values only: str, int, float, bool, None, list, tuple, dict") from error
+        raise ValueError(f"cannot be stored as plain data: {_reason(error)}") from error
     return buffer.getbuffer()
 
 
+def _read(file: IO[bytes]) -> tuple[nn.Module, dict[str, Any]]:
+    """Model and info of a file, or any exception at all."""
+    if not zipfile.is_zipfile(file):
+        raise ValueError("cut short, or not written by save_compressed")
+    file.seek(0)
+    content = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise ValueError("not written by save_compressed")
+    with torch.device("meta"):  # neither memory nor random numbers are spent on values that are replaced
+        (_, kind, arguments), *inner = content["modules"]
+        model = _CLASSES[kind](**arguments)
+        for name, kind, arguments in inner:  # parents come first
+            parent, _, own_name = name.rpartition(".")
+            model.get_submodule(parent).add_module(own_name, _CLASSES[kind](**arguments))
+    _layers(model)
+    model.load_state_dict({name: _unpack(*packed) for name, packed in content["tensors"].items()}, assign=True)
+    return model.train(content["training"]), content["info"]
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in one line."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "holds objects that are not plain data (str, int, float, list, dict, …); they are never loaded"
+    return " ".join(str(error).split())
+
+
 def _arguments(module: nn.Module) -> dict[str, Any]:
-    """The plain arguments that make such a module."""
+    """The arguments that make such a module."""
     names = inspect.signature(type(module)).parameters
     arguments = {name: value for name, value in vars(module).items() if name in names}
     return arguments | ({"bias": module.bias is not None} if isinstance(module, nn.Linear) else {})
 
 
-def _build(modules: list[tuple[str, str, dict[str, Any]]]) -> nn.Module:
-    """A model without values, from (name, class, arguments) of each of its modules, parents first."""
-    with torch.device("meta"):  # neither memory nor random numbers are spent on values that are replaced
-        (_, kind, arguments), *inner = modules
-        model = _KINDS[kind](**arguments)
-        for name, kind, arguments in inner:
-            parent, _, own_name = name.rpartition(".")
-            model.get_submodule(parent).add_module(own_name, _KINDS[kind](**arguments))
-    _layers(model)
-    return model
-
-
 def _pack(tensor: Tensor) -> tuple[str, list[int], Tensor, Tensor]:
-    """A tensor as (encoding, shape, index, values), in the smallest encoding. -0.0 counts as non-zero: it has a bit."""
+    """A tensor as (encoding, shape, index, values), in the smallest encoding. An entry is zero if no bit is set."""
     flat = tensor.detach().cpu().flatten()
     nonzero = (flat.view(_BITS[flat.element_size()]) != 0).numpy()
     positions = np.flatnonzero(nonzero)
-    indices = {"bitmask": np.packbits(nonzero), "gaps": _gaps(positions)}
+    indices = {"bits": np.packbits(nonzero), "gaps": _gaps(positions)}
     encoding = min(indices, key=lambda name: indices[name].size)
     index = torch.from_numpy(indices[encoding])
     if len(index) + len(positions) * flat.element_size() >= flat.nbytes:
-        return "dense", list(tensor.shape), torch.empty(0, dtype=torch.uint8), flat.clone()
+        return "dense", list(tensor.shape), index[:0].clone(), flat.clone()
     return encoding, list(tensor.shape), index, flat[torch.from_numpy(positions)]
 
 
@@ -361,7 +352,7 @@ def _unpack(encoding: str, shape: list[int], index: Tensor, values: Tensor) -> T
     if encoding == "dense":
         return values.reshape(shape)
     size, steps = math.prod(shape), index.numpy()
-    if encoding == "bitmask":
+    if encoding == "bits":
         positions = np.flatnonzero(np.unpackbits(steps, count=size))
     else:
         positions = np.cumsum(steps, dtype=np.int64)[steps != 255]
@@ -372,7 +363,7 @@ def _unpack(encoding: str, shape: list[int], index: Tensor, values: Tensor) -> T
     return flat.reshape(shape)
 
 
-def latency(model: nn.Module, batch: Tensor, min_run_time: float = 0.5) -> Measurement:
+def latency(model: nn.Module, batch: Tensor, min_run_time: float = 0.5) -> "Measurement":
     """Time of ``model(batch)`` for inference, in the mode the model is in, on torch's current number of threads.
 
     Args:
@@ -381,13 +372,15 @@ def latency(model: nn.Module, batch: Tensor, min_run_time: float = 0.5) -> Measu
         min_run_time: seconds to measure for, after a warm-up.
 
     Returns:
-        A `Measurement`: ``.median`` and ``.iqr`` (the spread: interquartile range) in seconds a batch, ``.times``, and
-        ``.num_threads``. CUDA is synchronized around each time.
+        A `Measurement`: ``.median`` and ``.iqr`` (spread: interquartile range) in seconds a batch, ``.times``, and
+        ``.task_spec.num_threads``. CUDA is synchronized around each time.
 
     Example:
         >>> latency(NeuralNetwork((784, 100, 10)), torch.rand(256, 784), min_run_time=0.01).median < 1
         True
     """
+    from torch.utils.benchmark import Timer  # slow to import, and only measurements need it
+
     timer = Timer("model(batch)", globals={"model": model, "batch": batch}, num_threads=torch.get_num_threads())
     with torch.inference_mode():
         timer.timeit(3)  # the first calls allocate, and choose kernels

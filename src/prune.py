@@ -27,7 +27,7 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # the integers that a weight's bytes are multiplied as
 NUMPY = ("cpu",)  # devices on which NumPy ranks faster than torch
-BLOCK = {"cpu": 2**17, "cuda": 2**24}  # weights ranked at a time: they fit into a core's cache, or keep a GPU busy
+CPU_BLOCK, GPU_BLOCK = 2**17, 2**24  # weights ranked at a time: they fit into a core's cache, or keep a GPU busy
 SAMPLED = 2**14  # from so many scores on a sample narrows down what needs to be ranked
 Blocks = Callable[[Tensor], Iterator[tuple[slice, Any]]]
 
@@ -35,7 +35,7 @@ Blocks = Callable[[Tensor], Iterator[tuple[slice, Any]]]
 def _norm(weight: Tensor) -> Tensor:
     """L2 norm of each unit: (units, …) → (units,), in fp32 for half precision."""
     weight = weight.unsqueeze(-1)  # (units, …, 1), so that a vector has a dimension to take norms over
-    rows = weight.shape[0] if weight.element_size() >= 4 else BLOCK["cpu"] // max(weight[:1].numel(), 1)
+    rows = len(weight) if weight.element_size() >= 4 else _step(weight) // max(weight[:1].numel(), 1)
     dims = tuple(range(1, weight.dim()))
     blocks = (block.to(_widest(block)) for block in weight.split(max(rows, 1)))
     return torch.cat([torch.linalg.vector_norm(block, dim=dims) for block in blocks])
@@ -63,9 +63,9 @@ def _random_unit(weight: Tensor) -> Tensor:
     return _random_weight(weight.flatten(1).any(1))
 
 
-# The one place to add a criterion: METHODS["mine"] = function. It is given a weight with outputs in dim 0 (transposed
-# convolutions are turned round) and returns scores, the lowest of which are pruned first: of the weight's shape for a
-# weight method, (units,) for a unit method. Magnitudes are taken block by block; other scores are held in memory.
+# The one place to add a criterion: METHODS["mine"] = function. It is given a weight and its .grad, outputs in dim 0 (the
+# transposed convolutions are turned round), and returns scores, the lowest of which are pruned first: of weight's shape
+# for a weight method, (units,) for a unit method. Magnitudes are taken block by block; other scores are held in memory.
 METHODS: dict[str, Callable[[Tensor], Tensor]] = {
     "weight": torch.abs,
     "unit": _relative_norm,
@@ -192,7 +192,9 @@ def find_masks(
     pairs = list(zip(weights, keeps, strict=True))
     # NumPy's any() stops at the first weight that is kept
     empty = [
-        weight.name for weight, keep in pairs if keep.numel() and not (keep if keep.is_cuda else keep.numpy()).any()
+        weight.name
+        for weight, keep in pairs
+        if keep.numel() and not (keep.numpy() if keep.device.type in NUMPY else keep).any()
     ]
     if empty:
         warnings.warn(f"pruning leaves nothing of {', '.join(empty)}", stacklevel=2)
@@ -442,7 +444,9 @@ def _weights(model: nn.Module, skip: Collection[str] | None) -> list[_Weight]:
             raise ValueError(f"{name} is computed from other parameters: make it permanent with {cure}")
         biases = {id(each.bias): f"{key}.bias".lstrip(".") for key, each in layers.items() if each.bias is not None}
         groups = module.groups if isinstance(module, TRANSPOSED) else 0
-        weights.append(_Weight(name, _dense(name, module.weight), groups, list(biases.values())))
+        tensor = _dense(name, module.weight)
+        tensor.grad = module.weight.grad
+        weights.append(_Weight(name, tensor, groups, list(biases.values())))
     return weights
 
 
@@ -502,12 +506,15 @@ def _select(scores: Sequence[Tensor], sparsity: float, absolute: bool = False) -
     return masks[::-1]
 
 
+def _step(tensor: Tensor) -> int:
+    return CPU_BLOCK if tensor.device.type == "cpu" else GPU_BLOCK
+
+
 def _blocks(scores: Tensor, dtype: torch.dtype, absolute: bool) -> Iterator[tuple[slice, Any]]:
     """Each block's place and scores, the last first: NumPy arrays on the CPU, where they are faster, else tensors."""
     flat, device = scores.reshape(-1), scores.device.type
-    step = BLOCK.get(device, BLOCK["cuda"])
-    for start in reversed(range(0, len(flat), step)):
-        where = slice(start, start + step)
+    for start in reversed(range(0, len(flat), _step(flat))):
+        where = slice(start, start + _step(flat))
         block: Any = flat[where].to(dtype)
         block = block.numpy() if device in NUMPY else block
         yield where, abs(block) if absolute else block

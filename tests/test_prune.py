@@ -1,0 +1,288 @@
+"""Masks of single tensors and the selection behind them, against torch.nn.utils.prune and against a stable sort."""
+
+import doctest
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.utils.prune as peer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import prune
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+many = settings(max_examples=300, deadline=None)
+
+
+def stable(scores: Tensor, sparsity: float) -> Tensor:
+    """What every mask must equal: a stable sort puts the earlier of equal scores first."""
+    keep = torch.ones(scores.numel(), dtype=torch.bool)
+    keep[scores.double().flatten().argsort(stable=True)[: round(sparsity * scores.numel())]] = False
+    return keep.view(scores.shape)
+
+
+@st.composite
+def tensors(draw: st.DrawFn, dims: tuple[int, int] = (1, 4), most: int = 7) -> Tensor:
+    """Finite weights of any dtype: spread out, tied, mostly zero, all alike; contiguous or not."""
+    shape = draw(st.lists(st.integers(1, most), min_size=dims[0], max_size=dims[1]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    weight = torch.randn(shape, generator=generator, dtype=torch.float64)
+    kind = draw(st.sampled_from(["spread", "tied", "sparse", "alike", "tiny", "huge"]))
+    if kind == "tied":
+        weight = weight.round()
+    elif kind == "sparse":
+        weight = weight * (torch.rand(shape, generator=generator) < 0.2)
+    elif kind == "alike":
+        weight = torch.full_like(weight, -0.5)
+    elif kind in ("tiny", "huge"):
+        weight = weight * (1e-7 if kind == "tiny" else 1e4)
+    weight = weight.to(draw(st.sampled_from(DTYPES)))
+    layout = draw(st.sampled_from(["contiguous", "transposed", "strided"]))
+    if layout == "transposed":
+        weight = weight.transpose(0, -1)
+    elif layout == "strided":
+        weight = weight.repeat_interleave(2, dim=0)[::2]
+    return weight
+
+
+sparsities = st.one_of(st.floats(0, 1), st.sampled_from([0, 1, 0.5, 0.25, 0.9]))
+
+
+@pytest.fixture(params=[True, False], ids=["numpy", "torch"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ranks elsewhere than on the CPU can be tested there, too."""
+    if not request.param:
+        monkeypatch.setattr(prune, "NUMPY", ())
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 1000, 2**14 - 1, 2**14, 300_000, 1_000_003])
+@pytest.mark.parametrize("sparsity", [0.0, 0.001, 0.3, 0.5, 0.8, 0.975, 1.0])
+def test_weights_match_torch(size: int, sparsity: float, library: None) -> None:
+    weight = torch.randn(size)
+    layer = nn.Linear(1, 1)
+    layer.weight = nn.Parameter(weight.clone())
+    peer.l1_unstructured(layer, "weight", amount=sparsity)
+    mask = prune.weight_mask(weight, sparsity)
+    assert mask.dtype is torch.bool and mask.shape == weight.shape
+    torch.testing.assert_close(mask, layer.weight_mask.bool())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (10, 3), (64, 100), (20, 3, 5, 5), (1000, 784)])
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.75, 1.0])
+def test_units_match_torch(shape: tuple[int, ...], sparsity: float) -> None:
+    layer = nn.Linear(1, 1)
+    layer.weight = nn.Parameter(torch.randn(shape))
+    expected = peer.ln_structured(layer, "weight", amount=sparsity, n=2, dim=0).weight_mask.bool()
+    torch.testing.assert_close(prune.unit_mask(layer.weight_orig, sparsity), expected)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, 3, -1, -4])
+def test_units_along_any_dimension_match_torch(dim: int) -> None:
+    layer = nn.Conv2d(6, 8, (5, 7))
+    expected = peer.ln_structured(layer, "weight", amount=0.4, n=2, dim=dim).weight_mask.bool()
+    torch.testing.assert_close(prune.unit_mask(layer.weight_orig, 0.4, dim=dim), expected)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.full((50_000,), 0.25),
+        torch.zeros(40_000),
+        torch.randn(50_000).round(),
+        (torch.randn(60_000) * (torch.rand(60_000) < 0.1)),
+        torch.randn(70_000).to(torch.bfloat16),
+        torch.cat([torch.zeros(30_000), torch.ones(30_000)]),
+        torch.arange(50_000.0).sin().sort().values,
+        torch.randn(2, 40_000).mul_(torch.tensor([[1e-6], [1.0]])),
+    ],
+    ids=["alike", "zeros", "tied", "sparse", "bf16", "two values", "sorted", "two scales"],
+)
+@pytest.mark.parametrize("sparsity", [1e-5, 0.05, 0.5, 0.9, 0.90001, 0.99999])
+def test_ties_go_by_position(weight: Tensor, sparsity: float, library: None) -> None:
+    assert torch.equal(prune.weight_mask(weight, sparsity), stable(weight.abs(), sparsity))
+
+
+def test_a_misleading_sample_costs_time_but_no_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.cat([torch.zeros(50_000), torch.rand(50_000)])
+    asked = []
+    true_range = prune._range
+
+    def misled(scores: list[Tensor], count: int, deviations: float, blocks: prune.Blocks) -> tuple[float, float]:
+        asked.append(deviations)
+        return (2.0, 3.0) if len(asked) == 1 else true_range(scores, count, deviations, blocks)
+
+    monkeypatch.setattr(prune, "_range", misled)
+    assert torch.equal(prune.weight_mask(weight, 0.8), stable(weight, 0.8))
+    assert len(asked) == 2
+
+
+@settings(many, max_examples=500)
+@given(weight=tensors(), sparsity=sparsities)
+def test_weight_mask_is_what_a_stable_sort_prunes(weight: Tensor, sparsity: float) -> None:
+    before = weight.clone()
+    mask = prune.weight_mask(weight, sparsity)
+    assert torch.equal(mask, stable(weight.abs(), sparsity))
+    assert mask.numel() - mask.count_nonzero() == round(sparsity * weight.numel())
+    assert torch.equal(weight, before) and mask.is_contiguous()
+
+
+@settings(many, max_examples=400)
+@given(data=st.data(), weight=tensors(most=40), sparsity=sparsities)
+def test_samples_and_blocks_of_any_size_select_exactly(data: st.DataObject, weight: Tensor, sparsity: float) -> None:
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(prune, "SAMPLED", data.draw(st.integers(2, 60))))
+        patches.enter_context(mock.patch.object(prune, "CPU_BLOCK", data.draw(st.integers(1, 500))))
+        patches.enter_context(mock.patch.object(prune, "NUMPY", data.draw(st.sampled_from([(), ("cpu",)]))))
+        mask = prune.weight_mask(weight, sparsity)
+    assert torch.equal(mask, stable(weight.abs(), sparsity))
+
+
+@settings(many, max_examples=400)
+@given(data=st.data(), weight=tensors(), sparsity=sparsities)
+def test_unit_mask_keeps_the_units_of_highest_norm(data: st.DataObject, weight: Tensor, sparsity: float) -> None:
+    dim = data.draw(st.integers(-weight.dim(), weight.dim() - 1))
+    mask = prune.unit_mask(weight, sparsity, dim=dim)
+    assert mask.shape == weight.shape and mask.is_contiguous()
+    units = mask.movedim(dim, 0).flatten(1) if weight.dim() > 1 else mask[:, None]
+    keep = units.any(1)
+    assert torch.equal(units.all(1), keep)
+    assert len(keep) - keep.count_nonzero() == round(sparsity * len(keep))
+    rows = weight.double().movedim(dim, 0).reshape(len(keep), -1)
+    norms = rows.square().sum(1).sqrt()
+    if keep.any() and not keep.all():
+        assert norms[keep].min() >= norms[~keep].max() * (1 - 1e-6)
+
+
+@settings(many, max_examples=400)
+@given(weight=tensors(), fewer=sparsities, more=sparsities, units=st.booleans())
+def test_larger_sparsity_prunes_a_superset(weight: Tensor, fewer: float, more: float, units: bool) -> None:
+    fewer, more = sorted((fewer, more))
+    mask = prune.unit_mask if units else prune.weight_mask
+    small, large = mask(weight, fewer), mask(weight, more)
+    assert not (large & ~small).any()
+    # again from the pruned weight, with ties among the zeros
+    again = mask(weight * small, more)
+    assert not (again & ~small).any() and again.count_nonzero() == large.count_nonzero()
+
+
+@settings(many)
+@given(
+    values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=30),
+    sparsity=sparsities,
+)
+def test_any_finite_floats(values: list[float], sparsity: float) -> None:
+    weight = torch.tensor(values)
+    assert torch.equal(prune.weight_mask(weight, sparsity), stable(weight.abs(), sparsity))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_masks_follow_the_weight(dtype: torch.dtype, device: str) -> None:
+    weight = torch.randn(300, 200, dtype=dtype, device=device)[:, ::2]
+    for mask in (prune.weight_mask(weight, 0.7), prune.unit_mask(weight, 0.7)):
+        assert mask.device == weight.device and mask.shape == weight.shape and mask.dtype is torch.bool
+    assert torch.equal(prune.weight_mask(weight, 0.7).cpu(), stable(weight.abs().cpu(), 0.7))
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 5), (5, 0), (3, 0, 2)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("sparsity", [0, 0.5, 1])
+def test_nothing_to_prune(shape: tuple[int, ...], dtype: torch.dtype, sparsity: float) -> None:
+    weight = torch.empty(shape, dtype=dtype)
+    assert prune.weight_mask(weight, sparsity).shape == prune.unit_mask(weight, sparsity).shape == weight.shape
+
+
+def test_a_scalar_is_a_weight() -> None:
+    assert prune.weight_mask(torch.tensor(1.0), 0).item() and not prune.weight_mask(torch.tensor(1.0), 1).item()
+
+
+@pytest.mark.parametrize("number", [1, np.float32(0.5), np.float64(0.5), np.int64(0)])
+def test_sparsity_may_be_any_real_number(number: float) -> None:
+    assert prune.weight_mask(torch.ones(4), number).count_nonzero() == 4 - round(4 * float(number))
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "error", "message"),
+    [
+        (80, ValueError, r"got 80: did you mean 0\.8\?"),
+        (1.5, ValueError, r"\[0, 1\], got 1.5"),
+        (-0.1, ValueError, r"\[0, 1\], got -0.1"),
+        (float("nan"), ValueError, "got nan"),
+        (float("inf"), ValueError, "got inf$"),
+        ("0.5", TypeError, "got '0.5'"),
+        (True, TypeError, "got True"),
+        (None, TypeError, "got None"),
+        (torch.tensor(0.5), TypeError, "got tensor"),
+        (0.5j, TypeError, "got 0.5j"),
+    ],
+)
+@pytest.mark.parametrize("function", [prune.weight_mask, prune.unit_mask])
+def test_bad_sparsity(function: object, sparsity: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        function(torch.ones(3, 3), sparsity)
+
+
+@pytest.mark.parametrize(
+    ("weight", "error", "message"),
+    [
+        ([[1.0]], TypeError, "must be a tensor, got list"),
+        (np.ones((2, 2)), TypeError, "must be a tensor, got ndarray"),
+        (torch.ones(2, 2, dtype=torch.int64), ValueError, "got torch.int64"),
+        (torch.ones(2, 2, dtype=torch.bool), ValueError, "got torch.bool"),
+        (torch.ones(2, 2, dtype=torch.complex64), ValueError, "got torch.complex64"),
+        (torch.ones(2, 2).to(torch.float8_e5m2), ValueError, "got torch.float8_e5m2"),
+        (torch.ones(2, 2).to_sparse(), ValueError, r"must be dense, got torch.sparse_coo"),
+        (torch.ones(2, 2, device="meta"), ValueError, "meta device"),
+        (nn.LazyLinear(3).weight, ValueError, "no shape yet"),
+        (torch.tensor([[1.0, float("nan")]]), ValueError, "must be finite"),
+        (torch.tensor([[1.0, float("inf")]]), ValueError, "must be finite"),
+        (torch.tensor([[-float("inf"), float("inf")]], dtype=torch.float16), ValueError, "must be finite"),
+    ],
+)
+@pytest.mark.parametrize("function", [prune.weight_mask, prune.unit_mask])
+def test_bad_weight(function: object, weight: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"weight.*{message}"):
+        function(weight, 0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_whose_sum_overflows_are_finite(dtype: torch.dtype) -> None:
+    weight = torch.full((4, 4), torch.finfo(dtype).max, dtype=dtype)
+    assert torch.equal(prune.weight_mask(weight, 0.5), stable(weight, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("weight", "dim", "error", "message"),
+    [
+        (torch.ones(2, 2), 2, ValueError, "2 dimensions, got 2"),
+        (torch.ones(2, 2), -3, ValueError, "2 dimensions, got -3"),
+        (torch.tensor(1.0), 0, ValueError, "0 dimensions, got 0"),
+        (torch.ones(2, 2), 0.0, TypeError, "dim must be an integer, got 0.0"),
+        (torch.ones(2, 2), True, TypeError, "dim must be an integer, got True"),
+    ],
+)
+def test_bad_dim(weight: Tensor, dim: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        prune.unit_mask(weight, 0.5, dim=dim)
+
+
+def test_the_examples_in_the_docstrings() -> None:
+    results = doctest.testmod(prune)
+    assert results.attempted > 10 and not results.failed
+
+
+def test_prune_needs_only_torch_and_numpy() -> None:
+    code = "import sys; import prune; print([name for name in {names} if name in sys.modules])".format(
+        names=["matplotlib", "torchvision", "tqdm", "utils", "model", "config"]
+    )
+    source = Path(prune.__file__).parent
+    run = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
