@@ -41,8 +41,8 @@ def evaluate(model: nn.Module, loader: DataLoader) -> float:
 
 def train(model: nn.Module, loader: DataLoader, test: DataLoader, epochs: int) -> None:
     """Adam on a one-cycle schedule."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3, weight_decay=2e-4, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=epochs * len(loader))
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3, weight_decay=2e-4, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=epochs * len(loader))
     loss_function = nn.CrossEntropyLoss(label_smoothing=0.1)
     for epoch in range(epochs):
         model.train()
@@ -81,7 +81,7 @@ def main() -> None:
     torch.manual_seed(0)
     images = [datasets.MNIST(arguments.inputs, train, transform=transforms.ToTensor()) for train in (True, False)]
     workers = {"num_workers": arguments.workers, "persistent_workers": arguments.workers > 0}
-    loader = DataLoader(images[0], batch_size=256, shuffle=True, **workers)
+    loader = DataLoader(images[0], batch_size=512, shuffle=True, **workers)
     test = DataLoader(images[1], batch_size=2000, **workers)
     model = make_model()
     train(model, loader, test, arguments.epochs)

@@ -35,10 +35,10 @@ _CLASSES: dict[str, Any] = {kind.__name__: kind for kind in (NeuralNetwork, nn.S
 _FORMAT = "compressed network, version 1"
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an entry
 _MKL = torch.backends.mkl.is_available()
-# Measured on a 2-core x86 CPU with AVX-512, fp32, layers of 200 x 500 to 1000 x 1000.
-_DENSITY = 1 / 3  # XXX
-_SUM_BATCH = 16  # XXX
-_PIECE = 256  # XXX
+# Measured for the layers of NeuralNetwork in fp32 on 2 cores with AVX-512.
+_DENSITY = 1 / 3  # CSR wins below 0.3 at any batch size, and below 0.45 at 256
+_SUM_BATCH = 16  # from this batch size on, summing rows beats MKL's CSR product
+_PIECE = 256  # inputs; a batch of 10,000 in one piece takes 4 times as long
 
 
 def shrink(model: nn.Module) -> nn.Module:
@@ -129,8 +129,9 @@ def _layers(model: nn.Module) -> list[tuple[str, Any]]:
         if isinstance(layer, nn.Linear) and not isinstance(layer.weight, nn.Parameter):
             raise ValueError(f"{name}.weight is computed; make it permanent (torch.nn.utils.prune.remove) first")
     linears = [(name, layer) for name, layer in pairs if isinstance(layer, nn.Linear)]
-    if len({layer.weight for _, layer in linears}) < len(linears):
-        raise ValueError("two layers share one weight")
+    for place, (name, layer) in enumerate(linears):
+        if any(layer.weight is other.weight for _, other in linears[:place]):
+            raise ValueError(f"{name} uses the weight of an earlier layer")
     for (before, layer), (after, following) in pairwise(linears):
         if following.in_features != layer.out_features:
             raise ValueError(f"{after} takes {following.in_features} inputs, {before} has {layer.out_features} units")
@@ -138,30 +139,34 @@ def _layers(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 class SparseLinear(nn.Module):
-    """A Linear layer that stores its non-zero weights only (CSR) and multiplies by those; for inference."""
+    """A Linear layer for inference that multiplies by its non-zero weights only (CSR), where that is faster."""
 
     weight: Tensor
     bias: Tensor | None
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        with warnings.catch_warnings():  # once a process, torch calls CSR tensors a beta feature
-            warnings.simplefilter("ignore", UserWarning)
-            csr = layer.weight.detach().to_sparse_csr()
-            indices = csr.crow_indices().int(), csr.col_indices().int()  # MKL copies wider ones at every call
-            self.register_buffer("weight", torch.sparse_csr_tensor(*indices, csr.values(), csr.shape))
+        weight = layer.weight.detach().clone()
+        if weight.count_nonzero() <= _DENSITY * weight.numel():
+            with warnings.catch_warnings():  # once a process, torch calls CSR tensors a beta feature
+                warnings.simplefilter("ignore", UserWarning)
+                csr = weight.to_sparse_csr()
+                indices = csr.crow_indices().int(), csr.col_indices().int()  # MKL copies wider ones at every call
+                weight = torch.sparse_csr_tensor(*indices, csr.values(), csr.shape)
+        self.register_buffer("weight", weight)
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
 
     def forward(self, features: Tensor) -> Tensor:
         """(…, in_features) to (…, out_features)."""
-        if features.shape[-1] != self.in_features:
-            raise ValueError(f"expected {self.in_features} features, got {features.shape[-1]}")
+        out_features, in_features = self.weight.shape
+        if features.shape[-1] != in_features:
+            raise ValueError(f"expected {in_features} features, got {features.shape[-1]}")
         # Transposed, so that each weight scales one contiguous row. The result is a view of a transposed matrix; since
-        # elementwise layers keep the order in memory, the next SparseLinear finds it ready.
-        rows = features.reshape(-1, self.in_features).t().contiguous()  # (in, B)
-        if rows.shape[1] < _SUM_BATCH and _MKL and rows.dtype in (torch.float32, torch.float64):
-            product = (self.weight @ rows.squeeze(1)).view(self.out_features, -1)  # (out, B)
+        # elementwise layers keep the order in memory, the next layer finds it ready.
+        rows = features.reshape(-1, in_features).t().contiguous()  # (in, B)
+        csr_product = rows.shape[1] < _SUM_BATCH and _MKL and rows.dtype in (torch.float32, torch.float64)
+        if csr_product or self.weight.layout is torch.strided:
+            product = (self.weight @ rows.squeeze(1)).view(out_features, -1)  # (out, B)
         else:  # a kernel made to sum weighted rows is several times faster than the CSR product
             columns, starts, values = self.weight.col_indices(), self.weight.crow_indices(), self.weight.values()
             product = nn.functional.embedding_bag(
@@ -169,15 +174,17 @@ class SparseLinear(nn.Module):
             )
         if self.bias is not None:
             product += self.bias.unsqueeze(1)
-        return product.t().reshape(*features.shape[:-1], self.out_features)
+        return product.t().reshape(*features.shape[:-1], out_features)
 
     def extra_repr(self) -> str:
-        """Shown by print."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, nonzero={len(self.weight.values())}"
+        """Sizes and layout, for print."""
+        out_features, in_features = self.weight.shape
+        layout = "dense" if self.weight.layout is torch.strided else f"{len(self.weight.values())} non-zero"
+        return f"in_features={in_features}, out_features={out_features}, {layout}"
 
 
 class SparseNetwork(nn.Sequential):
-    """Layers of which some are SparseLinear."""
+    """Layers with every Linear a SparseLinear, for inference."""
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits of a batch (B, …), which goes through in pieces that stay in the cache of a CPU."""
@@ -207,13 +214,11 @@ def to_sparse(model: nn.Module) -> SparseNetwork:
         >>> with torch.no_grad():
         ...     model.fc1.weight[:, 20:] = 0
         >>> to_sparse(model)[1]
-        SparseLinear(in_features=784, out_features=100, nonzero=2000)
+        SparseLinear(in_features=784, out_features=100, 2000 non-zero)
     """
-    layers: list[nn.Module] = []
-    for _, layer in _layers(model):
-        sparse = isinstance(layer, nn.Linear) and layer.weight.count_nonzero() <= _DENSITY * layer.weight.numel()
-        layers.append(SparseLinear(layer) if sparse else copy.deepcopy(layer))
-    return SparseNetwork(*layers).eval().requires_grad_(False)
+    layers = [layer for _, layer in _layers(model)]
+    sparse = [SparseLinear(layer) if isinstance(layer, nn.Linear) else copy.deepcopy(layer) for layer in layers]
+    return SparseNetwork(*sparse).eval()
 
 
 def save_compressed(model: nn.Module, path: str | Path, info: dict[str, Any] | None = None) -> None:
@@ -270,14 +275,15 @@ def load_compressed(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         try:
             return _read(file)
         except Exception as error:  # what a damaged file makes of torch's reader has no common type
-            raise ValueError(f"{path}: {_reason(error)}") from error
+            raise ValueError(f"{path} is damaged or not from save_compressed: {_reason(error)}") from error
 
 
 def _compressed(model: nn.Module, info: dict[str, Any] | None = None) -> memoryview:
     """The bytes of the file. In memory first: torch puts the name of a file into it, and they are read back here."""
-    modules = [("", "NeuralNetwork", {"sizes": getattr(model, "sizes", ())})]
-    if type(model) is not NeuralNetwork:
-        _layers(model)
+    _layers(model)
+    if isinstance(model, NeuralNetwork):
+        modules: list[Any] = [("", "NeuralNetwork", {"sizes": model.sizes})]
+    else:
         named = model.named_modules(remove_duplicate=False)
         modules = [(name, type(module).__name__, _arguments(module)) for name, module in named]
     tensors = {name: _pack(tensor) for name, tensor in model.state_dict().items()}
@@ -293,12 +299,13 @@ def _compressed(model: nn.Module, info: dict[str, Any] | None = None) -> memoryv
 
 def _read(file: IO[bytes]) -> tuple[nn.Module, dict[str, Any]]:
     """Model and info of a file, or any exception at all."""
-    if not zipfile.is_zipfile(file):
-        raise ValueError("cut short, or not written by save_compressed")
+    with zipfile.ZipFile(file) as archive:  # torch does not check the checksums that it writes
+        if archive.testzip() is not None:
+            raise ValueError("a checksum does not match")
     file.seek(0)
     content = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise ValueError("not written by save_compressed")
+        raise ValueError("another format")
     with torch.device("meta"):  # neither memory nor random numbers are spent on values that are replaced
         (_, kind, arguments), *inner = content["modules"]
         model = _CLASSES[kind](**arguments)
@@ -314,7 +321,7 @@ def _reason(error: Exception) -> str:
     """What went wrong, in one line."""
     if isinstance(error, pickle.UnpicklingError):
         return "holds objects that are not plain data (str, int, float, list, dict, …); they are never loaded"
-    return " ".join(str(error).split())
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _arguments(module: nn.Module) -> dict[str, Any]:

@@ -67,9 +67,9 @@ class Config:
 
     epochs: int = _setting(10, "training", "passes over the training images", type=_whole(1))
     batch_size: int | None = _setting(
-        None, "training", "images a step (default: 256 for MNIST, 64 for digits)", type=_whole(1)
+        None, "training", "images a step (default: 512 for MNIST, 64 for digits)", type=_whole(1)
     )
-    learning_rate: float = _setting(3e-3, "training", "peak of the one-cycle schedule", type=_positive)
+    learning_rate: float = _setting(5e-3, "training", "peak of the one-cycle schedule", type=_positive)
     weight_decay: float = _setting(
         2e-4, "training", "L2 penalty, added to the gradient as in Adam's weight_decay", type=_not_negative
     )

@@ -28,17 +28,18 @@ LAYERS = (nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # the integers that a weight's bytes are multiplied as
 NUMPY = ("cpu",)  # devices on which NumPy ranks faster than torch
 CPU_BLOCK, GPU_BLOCK = 2**17, 2**24  # weights ranked at a time: they fit into a core's cache, or keep a GPU busy
-SAMPLED = 2**14  # from so many scores on a sample narrows down what needs to be ranked
+SAMPLED = 2**12  # from so many scores on a sample narrows down what needs to be ranked
 Blocks = Callable[[Tensor], Iterator[tuple[slice, Any]]]
 
 
 def _norm(weight: Tensor) -> Tensor:
     """L2 norm of each unit: (units, …) → (units,), in fp32 for half precision."""
     weight = weight.unsqueeze(-1)  # (units, …, 1), so that a vector has a dimension to take norms over
-    rows = len(weight) if weight.element_size() >= 4 else _step(weight) // max(weight[:1].numel(), 1)
-    dims = tuple(range(1, weight.dim()))
-    blocks = (block.to(_widest(block)) for block in weight.split(max(rows, 1)))
-    return torch.cat([torch.linalg.vector_norm(block, dim=dims) for block in blocks])
+    norm = functools.partial(torch.linalg.vector_norm, dim=tuple(range(1, weight.dim())))
+    if weight.element_size() >= 4:
+        return norm(weight)
+    rows = max(_step(weight) // max(weight[:1].numel(), 1), 1)
+    return torch.cat([norm(block.float()) for block in weight.split(rows)])
 
 
 def _relative_norm(weight: Tensor) -> Tensor:
@@ -63,9 +64,9 @@ def _random_unit(weight: Tensor) -> Tensor:
     return _random_weight(weight.flatten(1).any(1))
 
 
-# The one place to add a criterion: METHODS["mine"] = function. It is given a weight and its .grad, outputs in dim 0 (the
-# transposed convolutions are turned round), and returns scores, the lowest of which are pruned first: of weight's shape
-# for a weight method, (units,) for a unit method. Magnitudes are taken block by block; other scores are held in memory.
+# The one place to add a criterion: METHODS["mine"] = function. It gets a weight (with its .grad), outputs in dim 0 even
+# for transposed convolutions. It returns scores, the lowest of which are pruned first: of weight's shape for a weight
+# method, (units,) for a unit method. Magnitudes are taken block by block; other scores are held in memory.
 METHODS: dict[str, Callable[[Tensor], Tensor]] = {
     "weight": torch.abs,
     "unit": _relative_norm,
@@ -103,7 +104,9 @@ def weight_mask(weight: Tensor, sparsity: float) -> Tensor:
         tensor([[ True, False],
                 [ True, False]])
     """
-    return _select([_finite("weight", weight)], _checked_sparsity(sparsity), absolute=True)[0]
+    weight = _dense("weight", weight)
+    _check_finite("weight", weight, weight)
+    return _select([weight], _checked_sparsity(sparsity), absolute=True)[0]
 
 
 def unit_mask(weight: Tensor, sparsity: float, dim: int = 0) -> Tensor:
@@ -127,13 +130,15 @@ def unit_mask(weight: Tensor, sparsity: float, dim: int = 0) -> Tensor:
         tensor([[ True,  True],
                 [False, False]])
     """
-    weight = _finite("weight", weight)
+    weight = _dense("weight", weight)
     if not isinstance(dim, int) or isinstance(dim, bool):
         raise TypeError(f"dim must be an integer, got {dim!r}")
     if not -weight.dim() <= dim < weight.dim():
         raise ValueError(f"dim must be one of weight's {weight.dim()} dimensions, got {dim}")
     units_first = weight.movedim(dim, 0)
-    (keep,) = _select([_norm(units_first)], _checked_sparsity(sparsity))
+    norm = _norm(units_first)
+    _check_finite("weight", weight, norm)
+    (keep,) = _select([norm], _checked_sparsity(sparsity))
     return _expanded(keep, units_first).movedim(0, dim).contiguous()
 
 
@@ -183,7 +188,7 @@ def find_masks(
         raise ValueError(f"unknown scope {scope!r}: expected layer or global")
     weights = _weights(model, skip)
     for weight in weights:
-        _finite(weight.name, weight.tensor)
+        _check_finite(weight.name, weight.tensor, weight.tensor)
     score = METHODS[method]
     with _seeded(generator, weights):
         scores = (_scored(weight, score) for weight in weights)
@@ -194,7 +199,7 @@ def find_masks(
     empty = [
         weight.name
         for weight, keep in pairs
-        if keep.numel() and not (keep.numpy() if keep.device.type in NUMPY else keep).any()
+        if weight.tensor.numel() and not (keep.numpy() if keep.device.type in NUMPY else keep).any()
     ]
     if empty:
         warnings.warn(f"pruning leaves nothing of {', '.join(empty)}", stacklevel=2)
@@ -357,12 +362,11 @@ def _dense(name: str, tensor: Any) -> Tensor:
     return tensor.detach()
 
 
-def _finite(name: str, weight: Any) -> Tensor:
-    weight = _dense(name, weight)
-    # A sum takes a tenth of isfinite's time. It may overflow for finite weights, too, so isfinite has the last word.
-    if not weight.sum(dtype=_widest(weight)).isfinite() and not weight.isfinite().all():
+def _check_finite(name: str, weight: Tensor, sums: Tensor) -> None:
+    """Raise if a weight is NaN or infinite; then so are the weights' `sums`, which take less time to look at."""
+    # Sums may overflow for finite weights, too, so that isfinite has the last word. It takes ten times as long.
+    if not math.isfinite(sums.sum(dtype=_widest(sums)).item()) and not weight.isfinite().all():
         raise ValueError(f"{name} must be finite, but has NaN or infinite weights")
-    return weight
 
 
 def _widest(*tensors: Tensor) -> torch.dtype:
@@ -414,40 +418,50 @@ def _expanded(keep: Tensor, weight: Tensor) -> Tensor:
 
 def _weights(model: nn.Module, skip: Collection[str] | None) -> list[_Weight]:
     """The weights to prune, in order of registration."""
-    names: list[str] = []
+    layers: dict[str, Any] = {}
     others: set[int] = set()
-    holders: dict[int, dict[str, Any]] = {}  # the layers that share a weight, by name
+    shared: dict[int, list[str]] = {}  # names of the layers that have a weight in common
     for name, module in _modules(model):
         if isinstance(module, LAYERS):
-            names.append(name)
-            holders.setdefault(id(module._parameters.get("weight", module)), {})[name] = module
+            layers[name] = module
+            shared.setdefault(id(module._parameters.get("weight", module)), []).append(name)
         else:
-            others.update(map(id, module.parameters(recurse=False)))
-    prunable = [layers for key, layers in holders.items() if key not in others]
+            others.update(map(id, module._parameters.values()))
+    prunable = [names for weight, names in shared.items() if weight not in others]
+    spared = _spared(skip, list(layers), prunable)
+    weights = []
+    for names in prunable:
+        if spared.isdisjoint(names):
+            layer, name = layers[names[0]], f"{names[0]}.weight".lstrip(".")
+            if "weight" not in layer._parameters:
+                cure = "torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations"
+                raise ValueError(f"{name} is computed from other parameters: make it permanent with {cure}")
+            tensor = _dense(name, layer.weight)
+            tensor.grad = layer.weight.grad
+            groups = layer.groups if isinstance(layer, TRANSPOSED) else 0
+            biases = {
+                id(layers[each].bias): f"{each}.bias".lstrip(".")
+                for each in names[::-1]
+                if layers[each].bias is not None
+            }
+            weights.append(_Weight(name, tensor, groups, list(biases.values())[::-1]))
+    return weights
+
+
+def _spared(skip: Collection[str] | None, names: Sequence[str], prunable: Sequence[Sequence[str]]) -> set[str]:
+    """Names of the layers to leave alone."""
     if not prunable:
         raise ValueError(f"the model has no prunable layer: none of {', '.join(kind.__name__ for kind in LAYERS)}")
-    if skip is None and len(prunable) == 1 and names[-1] in prunable[0]:
-        raise ValueError(f"{names[-1]!r} is the model's only prunable layer and spared by default: pass skip=()")
-    if isinstance(skip, str) or not isinstance(skip, Collection | None):
+    if skip is None:
+        if len(prunable) == 1 and names[-1] in prunable[0]:
+            raise ValueError(f"{names[-1]!r} is the model's only prunable layer and spared by default: pass skip=()")
+        return {names[-1]}
+    if isinstance(skip, str) or not isinstance(skip, Collection):
         raise TypeError(f"skip must be a sequence of layer names, such as ({skip!r},), got {skip!r}")
-    spared = {names[-1]} if skip is None else set(skip)
-    for name in spared.difference(names):
-        raise ValueError(f"skip: the model has no prunable layer {name!r}; it has {', '.join(names)}")
-    weights = []
-    for layers in prunable:
-        name, module = next(iter(layers.items()))
-        name = f"{name}.weight".lstrip(".")
-        if not spared.isdisjoint(layers):
-            continue
-        if "weight" not in module._parameters:
-            cure = "torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations"
-            raise ValueError(f"{name} is computed from other parameters: make it permanent with {cure}")
-        biases = {id(each.bias): f"{key}.bias".lstrip(".") for key, each in layers.items() if each.bias is not None}
-        groups = module.groups if isinstance(module, TRANSPOSED) else 0
-        tensor = _dense(name, module.weight)
-        tensor.grad = module.weight.grad
-        weights.append(_Weight(name, tensor, groups, list(biases.values())))
-    return weights
+    for name in skip:
+        if name not in names:
+            raise ValueError(f"skip: the model has no prunable layer {name!r}; it has {', '.join(names)}")
+    return set(skip)
 
 
 @contextlib.contextmanager
@@ -485,17 +499,24 @@ def _select(scores: Sequence[Tensor], sparsity: float, absolute: bool = False) -
 
     With `absolute` it is the scores' magnitudes that are ranked.
     """
-    total = sum(each.numel() for each in scores)
-    count = round(sparsity * total)
-    if count in (0, total):
+    sizes = [each.numel() for each in scores]
+    count = round(sparsity * sum(sizes))
+    if count in (0, sum(sizes)):
         return [torch.full(each.shape, count == 0, device=each.device) for each in scores]
-    blocks = functools.partial(_blocks, dtype=_widest(*scores), absolute=absolute)
+    dtype = _widest(*scores)
+    if sum(sizes) < SAMPLED:
+        flat = np.concatenate([each.reshape(-1).to(dtype).cpu().numpy() for each in scores])
+        keep = np.ones(len(flat), bool)
+        keep[(abs(flat) if absolute else flat).argsort(kind="stable")[:count]] = False
+        parts = torch.from_numpy(keep).split(sizes)
+        return [part.view(each.shape).to(each.device) for part, each in zip(parts, scores, strict=True)]
+    blocks = functools.partial(_blocks, dtype=dtype, absolute=absolute)
     value, stay = _threshold(scores, count, blocks)
     masks = []
-    for each in reversed(scores):
+    for each, size in zip(scores[::-1], sizes[::-1], strict=True):
         library: Any = np if each.device.type in NUMPY else torch
         # NumPy asks for huge pages, which makes a large new array several times cheaper to fill.
-        mask = np.empty(each.numel(), bool) if library is np else torch.empty_like(each, dtype=torch.bool).view(-1)
+        mask = np.empty(size, bool) if library is np else torch.empty(size, dtype=torch.bool, device=each.device)
         for where, block in blocks(each):
             mask[where] = block > value
             if stay:
@@ -552,10 +573,10 @@ def _threshold(scores: Sequence[Tensor], count: int, blocks: Blocks) -> tuple[fl
 def _range(scores: Sequence[Tensor], count: int, deviations: float, blocks: Blocks) -> tuple[float, float]:
     """Where the count-th lowest score lies: within so many standard deviations of its place in a random sample."""
     total = sum(each.numel() for each in scores)
-    if total < SAMPLED or deviations == math.inf:
+    if deviations == math.inf:
         return -math.inf, math.inf
     random = np.random.default_rng(0)
-    parts = []
+    parts = [np.array([-math.inf, math.inf], np.float32)]
     for each in scores:
         places = random.integers(each.numel(), size=random.binomial(each.numel(), 2 * total ** (-1 / 3)))
         drawn = each.reshape(-1).index_select(0, torch.from_numpy(places).to(each.device))
@@ -563,7 +584,6 @@ def _range(scores: Sequence[Tensor], count: int, deviations: float, blocks: Bloc
     sample = np.concatenate(parts)
     place = len(sample) * count / total
     margin = deviations * math.sqrt(place * (1 - count / total)) + deviations
-    first, last = math.floor(place - margin), math.ceil(place + margin)
-    sample.partition([rank for rank in (first, last) if 0 <= rank < len(sample)])
-    low = float(sample[first]) if first >= 0 else -math.inf
-    return low, float(sample[last]) if last < len(sample) else math.inf
+    first, last = max(math.floor(place - margin), 0), min(math.ceil(place + margin), len(sample) - 1)
+    sample.partition((first, last))
+    return float(sample[first]), float(sample[last])

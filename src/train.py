@@ -20,11 +20,11 @@ if __name__ == "__main__":  # before torch, whose import takes two seconds: a fl
     utils.stop_on_signals()
     parse_config()
 
-import compress
 import torch
 from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
+import compress
 import prune
 import results
 from data import Batches, DataError, Dataset, load
@@ -121,7 +121,8 @@ def run(config: Config) -> None:
             done.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # none there, or another run's are left in it
             (config.plots / UNFINISHED).rmdir()
-        say("wrote " + ", ".join(utils.shown(path) for path in utils.written if path.exists()))
+        results_written = [path for path in utils.written if path.parent in (config.models, config.plots)]
+        say("wrote " + ", ".join(map(utils.shown, results_written)))
         _warn_of_fallback(job)
 
 
@@ -184,7 +185,7 @@ def _train(
     masks: Mapping[str, Tensor] | None = None, unit_lasso: float = 0.0,
 ) -> Iterator[float]:  # fmt: skip
     """Train with Adam on a one-cycle schedule; yields the training accuracy in [0, 1] after every epoch."""
-    batch_size = job.config.batch_size or (256 if job.dataset.name == "mnist" else 64)
+    batch_size = job.config.batch_size or (512 if job.dataset.name == "mnist" else 64)
     order = torch.Generator().manual_seed(seed)
     batches = Batches(job.dataset.train_images, job.dataset.train_labels, batch_size, order)
     decay = job.config.weight_decay
@@ -242,7 +243,7 @@ def _sweep(job: Run, model: nn.Module, dense: float, method: str, seed: int) -> 
             for name, layer in compress.shrink(pruned).named_children():
                 setattr(pruned, name, layer)
             masks = {}
-        for _ in _train(job, pruned, config.finetune_epochs, config.learning_rate / 3, seed, masks=masks):
+        for _ in _train(job, pruned, config.finetune_epochs, config.learning_rate, seed, masks=masks):
             pass
 
     points = prune.sweep(

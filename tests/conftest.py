@@ -1,4 +1,9 @@
+import os
 from pathlib import Path
+
+# Before torch is imported, and for the processes that tests start: threads that wait for each other make small work
+# several times slower on a machine that does something else as well.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -23,7 +23,7 @@ def test_every_setting_has_a_flag_with_help(capsys):
     text = capsys.readouterr().out
     for name in Config.__dataclass_fields__:
         assert re.search(rf"^  --{name.replace('_', '-')}\b.*\n? +\w", text, re.MULTILINE)
-    assert "(default: 0.003)" in text
+    assert "(default: 0.005)" in text
 
 
 def test_k_is_sorted_each_once_and_with_the_dense_network():

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from compress import load_compressed
 from conftest import ROOT
+
+from compress import load_compressed
 
 FLAGS = ["--dataset", "digits", "--epochs", "1", "--k", "50", "90", "--seeds", "3", "--keep", "unit:50"]
 CSV, MODEL, KEPT = "digits_accuracy_sparsity.csv", "digits_model.bin", "digits_unit_50.bin"

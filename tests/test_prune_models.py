@@ -1,0 +1,757 @@
+"""Whole models: which weights are pruned, by what names, and that nothing else changes."""
+
+import copy
+import io
+import pickle
+import warnings
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.utils.prune as peer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import prune
+from model import NeuralNetwork
+
+few = settings(max_examples=150, deadline=None)
+
+
+def mlp(*sizes: int, bias: bool = True) -> nn.Sequential:
+    layers = [nn.Linear(fan_in, fan_out, bias=bias) for fan_in, fan_out in pairwise(sizes)]
+    return nn.Sequential(*[each for layer in layers for each in (layer, nn.ReLU())][:-1])
+
+
+class Residual(nn.Module):
+    """A small convolutional network with what such networks have: branches, normalization, groups, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.body = nn.Conv2d(8, 8, 3, padding=1, groups=4)
+        self.shortcut = nn.Conv2d(8, 8, 1)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.stem(images)
+        return self.head(self.pool(self.body(features) + self.shortcut(features)).flatten(1))
+
+
+class Language(nn.Module):
+    """Its head shares the embedding's weight, as in many language models."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(12, 6)
+        self.first = nn.Linear(6, 6)
+        self.second = nn.Linear(6, 6)
+        self.norm = nn.LayerNorm(6)
+        self.head = nn.Linear(6, 12, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def unchanged(model: nn.Module, before: dict[str, Tensor]) -> bool:
+    after = model.state_dict()
+    return list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def zeros(masks: dict[str, Tensor]) -> int:
+    return sum(mask.numel() - int(mask.count_nonzero()) for mask in masks.values())
+
+
+# what is pruned
+
+
+def test_masks_cover_all_but_the_last_layer_in_order() -> None:
+    masks = prune.find_masks(NeuralNetwork(), "weight", 0.8)
+    assert list(masks) == ["fc1.weight", "fc2.weight", "fc3.weight", "fc4.weight"]
+    for mask in masks.values():
+        assert mask.dtype is torch.bool and mask.numel() - mask.count_nonzero() == round(0.8 * mask.numel())
+
+
+@pytest.mark.parametrize(
+    ("skip", "pruned"),
+    [(None, ["0", "2"]), ((), ["0", "2", "4"]), (("2",), ["0", "4"]), (["0", "4"], ["2"]), ({"0", "2", "4"}, [])],
+)
+def test_skip(skip: object, pruned: list[str]) -> None:
+    model = mlp(6, 5, 4, 3)
+    masks = prune.find_masks(model, "weight", 0.5, skip=skip)
+    assert list(masks) == [f"{name}.weight" for name in pruned]
+    total = sum(model.get_submodule(name).weight.numel() for name in pruned)
+    assert prune.achieved_sparsity(prune.prune_model(model, "weight", 0.5, skip=skip), skip=skip) == (
+        zeros(masks) / total if total else 0
+    )
+
+
+@pytest.mark.parametrize("method", ["weight", "unit"])
+def test_global_scope_matches_torch(method: str) -> None:
+    model = mlp(40, 30, 20, 10)
+    if method == "weight":
+        masks = prune.find_masks(model, method, 0.7, scope="global", skip=())
+        layers = [(layer, "weight") for layer in model if isinstance(layer, nn.Linear)]
+        peer.global_unstructured(layers, pruning_method=peer.L1Unstructured, amount=0.7)
+        for name in masks:
+            assert torch.equal(masks[name], model.get_buffer(f"{name}_mask").bool())
+    else:
+        masks = prune.find_masks(model, method, 0.5, scope="global", skip=())
+        weights = [layer.weight for layer in model if isinstance(layer, nn.Linear)]
+        scores = torch.cat([weight.norm(dim=1) / weight.norm(dim=1).mean() for weight in weights])
+        keep = torch.cat([mask[:, 0] for name, mask in masks.items() if name.endswith("weight")])
+        assert len(keep) - keep.count_nonzero() == 30 and scores[keep].min() > scores[~keep].max()
+
+
+def test_global_scope_ranks_layers_of_different_precision_together() -> None:
+    model = mlp(300, 200, 100, 50)
+    for layer, dtype in ((model[0], torch.float32), (model[2], torch.float64), (model[4], torch.float16)):
+        nn.init.constant_(layer.to(dtype).weight, 0.1)  # 0.1 is 0.1000000015 in fp32 and 0.09998 in fp16
+    with pytest.warns(UserWarning, match=r"4\.weight"):
+        masks = prune.find_masks(model, "weight", 20_000 / 85_000, scope="global", skip=())
+    assert {name: zeros({name: mask}) for name, mask in masks.items()} == {
+        "0.weight": 0,
+        "2.weight": 15_000,
+        "4.weight": 5_000,
+    }
+
+
+def test_raw_norms_would_empty_the_layer_of_small_weights_but_relative_ones_do_not() -> None:
+    model = mlp(1000, 100, 100, 100)
+    with torch.no_grad():
+        model[2].weight.normal_(std=0.001)
+        model[0].weight.normal_(std=0.1)
+    raw = torch.stack([model[number].weight.norm(dim=1) for number in (0, 2)])
+    assert raw[1].max() < raw[0].min()  # ranked by these, half of the units would be all of layer 2
+    masks = prune.find_masks(model, "unit", 0.5, scope="global")
+    for name in ("0.weight", "2.weight"):
+        assert 30 <= masks[name].any(1).count_nonzero() <= 70
+
+
+def test_unit_methods_prune_biases_and_weight_methods_do_not() -> None:
+    model = mlp(6, 5, 4, 3)
+    assert list(prune.find_masks(model, "weight", 0.5)) == ["0.weight", "2.weight"]
+    masks = prune.find_masks(model, "unit", 0.5)
+    assert list(masks) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert torch.equal(masks["0.bias"], masks["0.weight"].any(1))
+    pruned = prune.prune_model(model, "unit", 0.5)
+    dead = ~masks["0.bias"]
+    assert not pruned[0].bias[dead].any() and not pruned[0](torch.randn(9, 6))[:, dead].any()
+    assert torch.equal(pruned[0].bias[~dead], model[0].bias[~dead])
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Linear(12, 8),
+        nn.Bilinear(3, 4, 8),
+        nn.Conv1d(4, 8, 3),
+        nn.Conv2d(4, 8, 3, groups=2),
+        nn.Conv3d(2, 8, 2),
+        nn.ConvTranspose1d(4, 8, 3),
+        nn.ConvTranspose2d(4, 8, 3),
+        nn.ConvTranspose2d(6, 8, 3, groups=2),
+        nn.ConvTranspose3d(4, 8, 2, groups=4),
+    ],
+    ids=lambda layer: f"{type(layer).__name__}{getattr(layer, 'groups', '')}",
+)
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_pruned_unit_of_any_layer_has_no_output(layer: nn.Module, scope: str) -> None:
+    masks = prune.find_masks(layer, "unit", 3 / 8, skip=(), scope=scope)
+    assert masks["weight"].shape == layer.weight.shape and masks["weight"].is_contiguous()
+    dead = ~masks["bias"]
+    assert dead.count_nonzero() == 3
+    pruned = prune.prune_model(layer, "unit", 3 / 8, skip=(), scope=scope)
+    inputs = {
+        nn.Linear: (2, 12),
+        nn.Bilinear: (2, 3),
+        nn.Conv1d: (2, 4, 9),
+        nn.ConvTranspose1d: (2, 4, 9),
+        nn.Conv3d: (2, 2, 5, 5, 5),
+        nn.ConvTranspose3d: (2, 4, 5, 5, 5),
+    }.get(type(layer), (2, getattr(layer, "in_channels", 0), 9, 9))
+    batch = [torch.randn(inputs)] + ([torch.randn(2, 4)] if isinstance(layer, nn.Bilinear) else [])
+    outputs, dense = pruned(*batch), layer(*batch)
+    assert not outputs[:, dead].any()
+    torch.testing.assert_close(outputs[:, ~dead], dense[:, ~dead])
+    norms = torch.stack([dense[:, unit].detach().std() for unit in range(8)])
+    assert len(norms) == 8 and prune.achieved_sparsity(pruned, skip=()) == 3 / 8
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_weights_of_transposed_convolutions_keep_their_layout(scope: str) -> None:
+    layer = nn.ConvTranspose2d(6, 8, 3, groups=2)
+    mask = prune.find_masks(layer, "weight", 0.5, skip=(), scope=scope)["weight"]
+    assert layer.weight[mask].abs().min() >= layer.weight[~mask].abs().max()
+
+
+def test_a_convolutional_network() -> None:
+    model = Residual()
+    masks = prune.find_masks(model, "unit", 0.5)
+    assert list(masks) == ["stem.0.weight", "body.weight", "body.bias", "shortcut.weight", "shortcut.bias"]
+    pruned = prune.prune_model(model.eval(), "unit", 0.5)
+    shift = pruned.stem[1].bias.detach()  # a BatchNorm behind a pruned unit still emits its shift
+    with torch.no_grad():
+        pruned.stem[1].bias.fill_(0.25)
+    features = pruned.stem(torch.randn(2, 3, 8, 8))
+    assert shift.shape == (8,) and (features[:, ~masks["stem.0.weight"].any(dim=(1, 2, 3))] == 0.25).all()
+
+
+# shared weights
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("method", list(prune.METHODS))
+def test_a_weight_tied_to_an_embedding_is_left_alone(scope: str, method: str) -> None:
+    model = Language(tied=True)
+    masks = prune.find_masks(model, method, 0.5, scope=scope)
+    assert {name.split(".")[0] for name in masks} == {"first", "second"}  # the head is the spared output already
+    assert {name.split(".")[0] for name in prune.find_masks(Language(tied=False), method, 0.5)} == {"first", "second"}
+    assert "head.weight" in prune.find_masks(Language(tied=False), method, 0.5, skip=())
+
+
+def test_shared_weights_count_once_and_have_the_first_name() -> None:
+    model = mlp(8, 8, 8, 8, 4)
+    model[4].weight = model[2].weight
+    masks = prune.find_masks(model, "unit", 0.5, scope="global")
+    assert list(masks) == ["0.weight", "0.bias", "2.weight", "2.bias", "4.bias"]
+    assert masks["0.bias"].numel() + masks["2.bias"].numel() - zeros({k: masks[k] for k in ("0.bias", "2.bias")}) == 8
+    pruned = prune.prune_model(model, "weight", 0.5, scope="global")
+    assert prune.achieved_sparsity(pruned) == 0.5 and pruned[4].weight is pruned[2].weight
+    assert torch.equal(masks["4.bias"], masks["2.bias"])
+    prune.apply_masks(model, {"4.weight": masks["2.weight"]})  # any of its names will do
+
+
+@pytest.mark.parametrize("skip", [None, ("2",), ("6",)])
+def test_a_shared_weight_is_spared_if_any_of_its_layers_is(skip: tuple[str, ...] | None) -> None:
+    model = mlp(8, 8, 8, 8, 8)
+    model[6].weight = model[2].weight
+    assert list(prune.find_masks(model, "weight", 0.5, skip=skip)) == ["0.weight", "4.weight"]
+
+
+def test_a_layer_used_twice_has_one_mask() -> None:
+    layer = nn.Linear(5, 5)
+    model = nn.ModuleDict({"first": layer, "again": layer, "head": nn.Linear(5, 2)})
+    assert list(prune.find_masks(model, "unit", 0.4)) == ["first.weight", "first.bias"]
+    assert list(prune.find_masks(model, "unit", 0.5, skip=("again",))) == ["head.weight", "head.bias"]
+
+
+# names and wrappers
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_wrappers_add_nothing_to_names() -> None:
+    model = nn.Sequential(mlp(6, 5, 4), nn.Linear(4, 3))
+    expected = prune.find_masks(model, "unit", 0.5)
+    wrapped = {
+        "compiled": torch.compile(model),
+        "parallel": nn.DataParallel(model),
+        "both": nn.DataParallel(torch.compile(model)),
+        "inside": nn.Sequential(torch.compile(model[0]), nn.DataParallel(model[1])),
+    }
+    for each in wrapped.values():
+        masks = prune.find_masks(each, "unit", 0.5)
+        assert list(masks) == list(expected) and all(torch.equal(masks[name], expected[name]) for name in masks)
+        assert prune.find_masks(each, "unit", 0.5, skip=("0.0",)).keys() == {
+            "0.2.weight",
+            "0.2.bias",
+            "1.weight",
+            "1.bias",
+        }
+        pruned = prune.prune_model(each, "unit", 0.5)
+        assert type(pruned) is type(each) and prune.achieved_sparsity(pruned) > 0.4 > prune.achieved_sparsity(each)
+    prune.apply_masks(wrapped["both"], expected)
+    assert prune.achieved_sparsity(model) > 0.4
+
+
+def test_names_of_the_users_own_are_kept() -> None:
+    model = nn.ModuleDict({"module": mlp(4, 3, 2)})
+    assert list(prune.find_masks(model, "weight", 0.5)) == ["module.0.weight"]
+    assert list(prune.find_masks(nn.Linear(3, 3), "weight", 0.5, skip=())) == ["weight"]
+
+
+# exactness, at random
+
+
+@st.composite
+def models(draw: st.DrawFn) -> nn.Module:
+    sizes = draw(st.lists(st.integers(1, 12), min_size=3, max_size=5))
+    model = mlp(*sizes, bias=draw(st.booleans()))
+    if draw(st.booleans()):
+        model = nn.Sequential(nn.ConvTranspose1d(4, 6, 2, groups=2), nn.Conv2d(2, 3, 2), model)
+    torch.manual_seed(draw(st.integers(0, 10**6)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+            if draw(st.booleans()):
+                parameter.copy_(parameter.round())
+    return model.to(draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64])))
+
+
+@few
+@given(
+    model=models(),
+    method=st.sampled_from(list(prune.METHODS)),
+    scope=st.sampled_from(["layer", "global"]),
+    spare=st.booleans(),
+    sparsity=st.one_of(st.floats(0, 1), st.sampled_from([0, 0.5, 1])),
+    more=st.floats(0, 1),
+    seed=st.integers(0, 100),
+)
+def test_counts_supersets_and_an_untouched_model(
+    model: nn.Module, method: str, scope: str, spare: bool, sparsity: float, more: float, seed: int
+) -> None:
+    before = state(model)
+    skip = None if spare else ()
+
+    def find(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
+            masks = prune.find_masks(model, method, sparsity, scope=scope, skip=skip, generator=generator)
+        return {name: mask for name, mask in masks.items() if name.endswith("weight")}
+
+    masks = find(model, sparsity)
+    assert unchanged(model, before)
+    layers = [layer for layer in model.modules() if isinstance(layer, prune.LAYERS)][: -1 if spare else None]
+    assert [mask.shape for mask in masks.values()] == [layer.weight.shape for layer in layers]
+    if "unit" in method:
+        units = [layer.out_channels if isinstance(layer, prune.TRANSPOSED) else len(layer.weight) for layer in layers]
+        sizes = [mask.numel() // unit for mask, unit in zip(masks.values(), units, strict=True)]
+        gone = [zeros({"": mask}) // size for mask, size in zip(masks.values(), sizes, strict=True)]
+    else:
+        units = [mask.numel() for mask in masks.values()]
+        gone = [zeros({"": mask}) for mask in masks.values()]
+    if scope == "layer":
+        assert gone == [round(sparsity * unit) for unit in units]
+    else:
+        assert sum(gone) == round(sparsity * sum(units))
+    more = max(sparsity, more)
+    further = find(model, more)
+    pruned = copy.deepcopy(model)
+    prune.apply_masks(pruned, masks)
+    again = find(pruned, more)
+    for name, mask in masks.items():
+        assert not (further[name] & ~mask).any() and not (again[name] & ~mask).any()
+        assert not pruned.get_parameter(name)[~mask].any()
+        assert torch.equal(pruned.get_parameter(name)[mask], model.get_parameter(name)[mask])
+
+
+# random methods
+
+
+@pytest.mark.parametrize("method", ["random_weight", "random_unit"])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_random_masks_follow_the_generator_alone(method: str, scope: str) -> None:
+    model = mlp(30, 20, 20, 10)
+
+    def find(seed: int | None) -> dict[str, Tensor]:
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        return prune.find_masks(model, method, 0.5, scope=scope, generator=generator)
+
+    def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+        return all(torch.equal(first[name], second[name]) for name in first)
+
+    before = torch.get_rng_state()
+    assert same(find(1), find(1)) and not same(find(1), find(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not same(find(None), find(None))
+    torch.manual_seed(5)
+    first = find(None)
+    torch.manual_seed(5)
+    assert same(first, find(None))
+    if scope == "layer":
+        assert not torch.equal(find(1)["0.weight"].any(1), find(1)["2.weight"].any(1)) or method == "random_weight"
+
+
+def test_methods_without_chance_leave_the_generators_alone() -> None:
+    model = mlp(30, 20, 10)
+    before = torch.get_rng_state()
+    prune.prune_model(model, "unit", 0.5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_random_masks_spread_evenly() -> None:
+    kept = torch.zeros(20, 30)
+    for seed in range(200):
+        masks = prune.find_masks(mlp(30, 20, 10), "random_weight", 0.5, generator=torch.Generator().manual_seed(seed))
+        kept += masks["0.weight"]
+    assert kept.min() > 60 and kept.max() < 140
+
+
+# a criterion of the user's own
+
+
+@pytest.fixture
+def methods(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[Tensor], Tensor]]:
+    monkeypatch.setattr(prune, "METHODS", dict(prune.METHODS))
+    return prune.METHODS
+
+
+def test_a_criterion_of_ones_own(methods: dict[str, Callable[[Tensor], Tensor]]) -> None:
+    methods["signed"] = lambda weight: weight  # prunes the most negative
+    methods["l1_unit"] = lambda weight: weight.abs().flatten(1).sum(1)
+    methods["taylor"] = lambda weight: (weight * weight.grad).abs()
+    model = nn.Sequential(nn.ConvTranspose1d(4, 6, 3, groups=2), nn.Conv1d(6, 5, 2), nn.Conv1d(5, 4, 1))
+    model(torch.randn(2, 4, 9)).square().sum().backward()
+    for scope in ("layer", "global"):
+        signed = prune.find_masks(model, "signed", 0.5, scope=scope)
+        assert model[0].weight[signed["0.weight"]].min() >= model[0].weight[~signed["0.weight"]].max()
+        taylor = prune.find_masks(model, "taylor", 0.5, scope=scope)
+        for layer in (model[0], model[1]):
+            worth, keep = (layer.weight * layer.weight.grad).abs(), taylor[f"{0 if layer is model[0] else 1}.weight"]
+            assert worth[keep].min() >= worth[~keep].max()
+    units = prune.find_masks(model, "l1_unit", 0.5)
+    norms = model[1].weight.abs().flatten(1).sum(1)
+    assert norms[units["1.bias"]].min() > norms[~units["1.bias"]].max()
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "message"),
+    [
+        (lambda weight: weight[0], ValueError, r"scores of 0.weight must have shape \(5, 6\) or \(5,\), got \(6,\)"),
+        (lambda weight: weight * float("nan"), ValueError, "scores of 0.weight contain NaN"),
+        (lambda weight: 3, TypeError, "scores of 0.weight must be a floating-point tensor, got 3"),
+        (lambda weight: weight.long(), TypeError, "scores of 0.weight must be a floating-point tensor"),
+    ],
+)
+def test_a_bad_criterion(
+    methods: dict[str, Callable[[Tensor], Tensor]], function: object, error: type[Exception], message: str
+) -> None:
+    methods["mine"] = function
+    with pytest.raises(error, match=message):
+        prune.find_masks(mlp(6, 5, 4), "mine", 0.5)
+
+
+def test_infinite_scores_protect_weights(methods: dict[str, Callable[[Tensor], Tensor]]) -> None:
+    methods["mine"] = lambda weight: (
+        weight.abs().masked_fill(weight > 0, float("inf")).masked_fill(weight < -0.3, -torch.inf)
+    )
+    model = mlp(200, 100, 50)
+    keep = prune.find_masks(model, "mine", 0.4)["0.weight"]
+    assert keep[model[0].weight > 0].all()
+
+
+# applying masks
+
+
+def test_masks_come_from_torch_and_go_to_it() -> None:
+    model = mlp(6, 5, 4)
+    dense = copy.deepcopy(model)
+    masks = prune.find_masks(model, "unit", 0.4)
+    for name, mask in masks.items():
+        layer, _, parameter = name.rpartition(".")
+        peer.custom_from_mask(model.get_submodule(layer), parameter, mask)
+    returned = {
+        name.removesuffix("_mask"): mask.bool() for name, mask in model.named_buffers() if name.endswith("_mask")
+    }
+    assert returned.keys() == masks.keys() and all(torch.equal(returned[name], masks[name]) for name in masks)
+    with pytest.raises(ValueError, match=r"0\.weight is computed from other parameters.*prune.remove"):
+        prune.find_masks(model, "weight", 0.5)
+    with pytest.raises(ValueError, match=r"no parameter '0\.weight'; it has 0\.weight_orig"):
+        prune.apply_masks(model, masks)
+    prune.apply_masks(dense, returned)
+    batch = torch.randn(3, 6)
+    assert torch.equal(dense(batch), model(batch))
+    for parameter in ("weight", "bias"):
+        peer.remove(model[0], parameter)
+    assert prune.achieved_sparsity(model) == 0.4 == prune.achieved_sparsity(prune.prune_model(model, "unit", 0.4))
+
+
+def test_masks_go_to_a_file_and_pruned_models_stay_plain() -> None:
+    model = mlp(6, 5, 4)
+    masks = prune.find_masks(model, "unit", 0.4)
+    file = io.BytesIO()
+    torch.save(masks, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert loaded.keys() == masks.keys() and all(torch.equal(loaded[name], masks[name]) for name in masks)
+    pruned = prune.prune_model(model, "unit", 0.4)
+    assert list(pruned.state_dict()) == list(model.state_dict())
+    for module in pruned.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks and not list(module.buffers())
+    batch = torch.randn(3, 6)
+    other = mlp(6, 5, 4)
+    other.load_state_dict(pruned.state_dict())
+    for each in (copy.deepcopy(pruned), pickle.loads(pickle.dumps(pruned)), other):
+        assert torch.equal(each(batch), pruned(batch)) and prune.achieved_sparsity(each) == 0.4
+
+
+def test_masks_make_zeros_of_anything() -> None:
+    model = nn.Linear(4, 1)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[float("nan"), float("inf"), -1.0, 2.0]]))
+    prune.apply_masks(model, {"weight": torch.tensor([[False, False, False, True]])})
+    assert model.weight.tolist() == [[0.0, 0.0, 0.0, 2.0]] and not model.weight.signbit().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_masks_apply_to_any_precision_and_layout(dtype: torch.dtype) -> None:
+    layer = nn.Linear(1, 1, bias=False, dtype=dtype)
+    layer.weight = nn.Parameter(torch.randn(6, 4, dtype=dtype).t())
+    before, mask = layer.weight.detach().clone(), torch.rand(4, 6) < 0.5
+    prune.apply_masks(layer, {"weight": mask})
+    assert torch.equal(layer.weight, before.where(mask, 0)) and layer.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("masks", "error", "message"),
+    [
+        ([("0.weight", torch.ones(5, 6, dtype=torch.bool))], TypeError, "masks must be a dict .* got list"),
+        (
+            {"9.weight": torch.ones(5, 6, dtype=torch.bool)},
+            ValueError,
+            r"no parameter '9\.weight'; it has 0\.weight, 0\.bias",
+        ),
+        ({"0": torch.ones(5, 6, dtype=torch.bool)}, ValueError, "no parameter '0'"),
+        ({"0.weight": torch.ones(6, 5, dtype=torch.bool)}, ValueError, r"dense \(5, 6\), got \(6, 5\)"),
+        ({"0.weight": torch.ones(5, 6)}, TypeError, r"boolean tensor \(True = keep\), got torch.float32"),
+        ({"0.weight": [[True] * 6] * 5}, TypeError, r"boolean tensor \(True = keep\), got list"),
+        ({"0.weight": torch.ones(5, 6, dtype=torch.bool, device="meta")}, ValueError, "must be a dense"),
+        ({3: torch.ones(5, 6, dtype=torch.bool)}, ValueError, "no parameter 3"),
+    ],
+)
+def test_bad_masks_change_nothing(masks: object, error: type[Exception], message: str) -> None:
+    model = mlp(6, 5, 4)
+    before = state(model)
+    if isinstance(masks, dict):
+        masks = {"2.weight": torch.zeros(4, 5, dtype=torch.bool), **masks}
+    with pytest.raises(error, match=message):
+        prune.apply_masks(model, masks)
+    assert unchanged(model, before)
+
+
+def test_masks_of_a_lazy_layer() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2))
+    mask = torch.zeros(2, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"1\.weight has no shape yet"):
+        prune.apply_masks(model, {"0.weight": mask, "1.weight": mask})
+    assert model[0].weight.all()
+
+
+@pytest.mark.parametrize("method", ["weight", "unit"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=1e-3),
+        lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, nesterov=True),
+        lambda parameters: torch.optim.Adam(parameters, lr=1e-2, weight_decay=1e-2),
+        lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, weight_decay=1e-2),
+    ],
+    ids=["SGD", "Nesterov", "Adam", "AdamW"],
+)
+def test_masks_hold_through_training(optimizer: Callable[..., torch.optim.Optimizer], method: str) -> None:
+    model = mlp(8, 16, 16, 4)
+    inputs, targets = torch.randn(64, 8), torch.randint(4, (64,))
+    step = optimizer(model.parameters())
+    for _ in range(3):  # momentum that would move the weights on
+        nn.functional.cross_entropy(model(inputs), targets).backward()
+        step.step()
+    masks = prune.find_masks(model, method, 0.5)
+    prune.apply_masks(model, masks)
+    before = state(model)
+    for _ in range(50):
+        step.zero_grad()
+        nn.functional.cross_entropy(model(inputs), targets).backward()
+        step.step()
+        prune.apply_masks(model, masks)
+    for name, mask in masks.items():
+        weight = model.get_parameter(name)
+        assert not weight[~mask].any() and (weight != before[name])[mask].float().mean() > 0.95
+
+
+# bad arguments, and models that cannot be pruned
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"model": "mlp"}, TypeError, "model must be a torch.nn.Module, got str"),
+        ({"model": NeuralNetwork}, TypeError, "model must be a torch.nn.Module, got type"),
+        ({"model": nn.ReLU()}, ValueError, "no prunable layer: none of Linear, "),
+        ({"model": nn.Embedding(3, 3)}, ValueError, "no prunable layer"),
+        ({"model": nn.Sequential(nn.Linear(3, 3))}, ValueError, r"'0' is the model's only prunable layer .*skip=\(\)"),
+        ({"method": "l1"}, ValueError, "unknown method 'l1': expected one of weight, unit, random_weight, random_unit"),
+        ({"sparsity": 50}, ValueError, r"did you mean 0\.5\?"),
+        ({"scope": "model"}, ValueError, "unknown scope 'model': expected layer or global"),
+        ({"skip": ("fc9",)}, ValueError, r"no prunable layer 'fc9'; it has 0, 2, 4"),
+        ({"skip": ("1",)}, ValueError, r"no prunable layer '1'"),
+        ({"skip": ("0.weight",)}, ValueError, r"no prunable layer '0\.weight'"),
+        ({"skip": "4"}, TypeError, r"such as \('4',\), got '4'"),
+        ({"skip": 4}, TypeError, "skip must be a sequence of layer names"),
+        ({"generator": 0}, TypeError, "generator must be a torch.Generator, got 0"),
+    ],
+)
+@pytest.mark.parametrize("function", [prune.find_masks, prune.prune_model])
+def test_bad_arguments(function: Callable[..., object], change: dict, error: type[Exception], message: str) -> None:
+    arguments = {"model": mlp(6, 5, 4, 3), "method": "weight", "sparsity": 0.5} | change
+    before = state(arguments["model"]) if isinstance(arguments["model"], nn.Module) else None
+    with pytest.raises(error, match=message):
+        function(**arguments)
+    assert before is None or unchanged(arguments["model"], before)
+
+
+def broken(weight: Tensor) -> nn.Module:
+    model = mlp(3, 2, 2)
+    model[0].weight = nn.Parameter(weight, requires_grad=False)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)), r"0\.weight has no shape yet"),
+        (nn.Sequential(nn.LazyConv2d(3, 3), nn.Linear(3, 2)), r"0\.weight has no shape yet"),
+        (nn.Sequential(nn.Linear(3, 3, device="meta"), nn.Linear(3, 2)), r"0\.weight has no values"),
+        (
+            nn.Sequential(nn.Linear(3, 3, dtype=torch.complex64), nn.Linear(3, 2)),
+            r"0\.weight must .* got torch.complex64",
+        ),
+        (broken(torch.ones(2, 3, dtype=torch.int8)), r"0\.weight must .* got torch.int8"),
+        (broken(torch.ones(2, 3).to_sparse()), r"0\.weight must be dense"),
+        (broken(torch.tensor([[1.0, float("nan"), 0.0]] * 2)), r"0\.weight must be finite"),
+        (
+            nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), nn.Linear(3, 2)),
+            r"0\.weight is computed",
+        ),
+        (
+            nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(3, 3)), nn.Linear(3, 2)),
+            r"0\.weight is computed",
+        ),
+    ],
+)
+@pytest.mark.parametrize("method", ["weight", "unit"])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_weights_that_cannot_be_ranked(model: nn.Module, message: str, method: str, scope: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prune.find_masks(model, method, 0.5, scope=scope)
+    spared = prune.find_masks(nn.Sequential(model[0], nn.Linear(4, 4), model[-1]), method, 0.5, skip=("0", "2"))
+    assert "1.weight" in spared  # what is spared need not be prunable
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_empty_layers_have_empty_masks() -> None:
+    model = mlp(4, 3, 0, 2)
+    for scope in ("layer", "global"):
+        for method in prune.METHODS:
+            masks = prune.find_masks(model, method, 0.5, scope=scope, skip=())
+            assert masks["2.weight"].shape == (0, 3) and masks["4.weight"].shape == (2, 0)
+    assert prune.achieved_sparsity(mlp(4, 0, 0)) == 0.0
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("method", list(prune.METHODS))
+def test_a_layer_that_loses_everything_is_named(scope: str, method: str) -> None:
+    with pytest.warns(UserWarning, match=r"leaves nothing of 0\.weight, 2\.weight$"):
+        masks = prune.find_masks(mlp(6, 5, 4, 3), method, 1.0, scope=scope)
+    assert not any(mask.any() for mask in masks.values())
+
+
+def test_a_layer_that_loses_everything_below_one_is_named() -> None:
+    model = mlp(6, 5, 4, 3)
+    with torch.no_grad():
+        model[0].weight.mul_(1e-3)
+    with pytest.warns(UserWarning, match=r"leaves nothing of 0\.weight$"):
+        prune.find_masks(model, "weight", 0.7, scope="global")
+    with pytest.warns(UserWarning, match=r"leaves nothing of 2\.weight$"):
+        prune.find_masks(mlp(100, 50, 1, 3), "unit", 0.9)
+
+
+def test_zero_prunes_nothing() -> None:
+    model = mlp(6, 5, 4)
+    for method in prune.METHODS:
+        assert unchanged(prune.prune_model(model, method, 0), state(model))
+
+
+# sweeps
+
+
+@pytest.mark.parametrize("method", list(prune.METHODS))
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_sweep_prunes_the_same_dense_model_each_time(method: str, scope: str) -> None:
+    model = mlp(12, 10, 8, 4)
+    before, seen = state(model), []
+
+    def score(pruned: nn.Module) -> float:
+        assert pruned is not model
+        seen.append(copy.deepcopy(pruned))
+        with torch.no_grad():
+            pruned[0].weight.fill_(7)  # what happens to a copy stays there
+        return float(len(seen))
+
+    points = prune.sweep(model, method, [0.5, 0, 0.25, 0.75], score, scope=scope)
+    assert unchanged(model, before)
+    assert [point.sparsity for point in points] == [0.5, 0, 0.25, 0.75]
+    assert [point.score for point in points] == [1, 2, 3, 4] and points[0].retrained_score is None
+    for point, pruned in zip(points, seen, strict=True):
+        assert point.achieved == prune.achieved_sparsity(pruned)
+        assert point.achieved == pytest.approx(point.sparsity, abs=0.15)
+    dead = [seen[number][0].weight == 0 for number in (1, 2, 0, 3)]
+    for fewer, more in pairwise(dead):
+        assert not (fewer & ~more).any()
+
+
+def test_a_sweep_follows_its_generator() -> None:
+    model = mlp(12, 10, 8, 4)
+
+    def run(seed: int) -> list[float]:
+        generator = torch.Generator().manual_seed(seed)
+        total = lambda pruned: pruned[0].weight.sum().item()  # noqa: E731
+        return [point.score for point in prune.sweep(model, "random_weight", [0.3, 0.6], total, generator=generator)]
+
+    assert run(1) == run(1) != run(2)
+
+
+def test_a_sweep_retrains_copies_and_scores_them_again() -> None:
+    model = mlp(6, 5, 4)
+
+    def retrain(pruned: nn.Module, masks: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            pruned[0].weight.add_(1)
+        prune.apply_masks(pruned, masks)
+
+    points = prune.sweep(model, "weight", [0, 0.5], lambda pruned: pruned[0].weight.mean().item(), retrain=retrain)
+    assert points[0].retrained_score == pytest.approx(points[0].score + 1)
+    assert points[1].retrained_score == pytest.approx(points[1].score + 0.5)
+    assert prune.sweep(model, "weight", iter([]), lambda pruned: 0.0) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"sparsities": 0.5}, TypeError, "several numbers in .0, 1., got 0.5"),
+        ({"sparsities": "0.5"}, TypeError, "several numbers"),
+        ({"sparsities": [0.5, 80]}, ValueError, r"did you mean 0\.8"),
+        ({"score": 1.0}, TypeError, "score and retrain must be functions, got 1.0"),
+        ({"retrain": 1.0}, TypeError, "must be functions"),
+        ({"method": "l2"}, ValueError, "unknown method"),
+        ({"skip": ("fc9",)}, ValueError, "fc9"),
+        ({"model": None}, TypeError, "model must be"),
+    ],
+)
+def test_bad_sweeps_score_nothing(change: dict, error: type[Exception], message: str) -> None:
+    def score(pruned: nn.Module) -> float:
+        raise AssertionError("scored too early")
+
+    arguments = {"model": mlp(6, 5, 4), "method": "weight", "sparsities": [0.5], "score": score} | change
+    with pytest.raises(error, match=message):
+        prune.sweep(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"model": []}, TypeError),
+        ({"skip": "0"}, TypeError),
+        ({"skip": ("x",)}, ValueError),
+        ({"model": nn.ReLU()}, ValueError),
+    ],
+)
+def test_bad_arguments_of_achieved_sparsity(change: dict, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        prune.achieved_sparsity(**({"model": mlp(6, 5, 4)} | change))
