@@ -11,7 +11,6 @@ import gc
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -42,6 +41,7 @@ class Timing(NamedTuple):
     high: float
 
     def __str__(self) -> str:
+        """Median and range, for a table."""
         scale, unit = (1e3, "ms") if self.median < 10 else (1, "s")
         return f"{self.median * scale:,.3g} {unit} ({self.low * scale:,.3g} to {self.high * scale:,.3g})"
 
@@ -101,10 +101,15 @@ def peak_memory(function: Callable[..., Callable[[], object]], *arguments: Any) 
 
 def _measure(sender: Any, function: Callable[..., Callable[[], object]], arguments: Sequence[Any]) -> None:
     call = function(*arguments)
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    before = _status("VmRSS")
     result = call()
-    sender.send(float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before))
+    sender.send(_status("VmHWM") - before)
     del result
+
+
+def _status(field: str) -> float:
+    """Bytes in a field of this process's status. Unlike getrusage, it leaves out what the parent process had."""
+    return 1024 * next(float(line.split()[1]) for line in _lines("/proc/self/status") if line.startswith(field))
 
 
 def machine() -> str:
@@ -153,20 +158,18 @@ def report(name: str, title: str, parts: Iterable[str]) -> None:
 def masks(options: argparse.Namespace) -> None:
     """Masks by prune.py and by torch.nn.utils.prune: time, memory, and the time that the memory alone would take."""
     sizes = [size for size in (2**20, 2**22, 2**24, 2**26) if size <= options.max_weights]
-    layer = [_layer_row(size, sparsity) for size in sizes for sparsity in options.sparsity]
     shapes = [(10, 10), (200, 500), (1000, 784), (512, 512, 3, 3), (4096, 4096), (8192, 8192)]
-    units = [_unit_row(shape, dtype) for shape in shapes for dtype in (torch.float32, torch.bfloat16)]
-    layers = [count for count in (1, 4, 16, 60) if count * 2**24 <= options.max_weights]
-    report(
-        "masks",
-        "Masks: prune.py and torch.nn.utils.prune",
-        [
-            f"Weights of one layer (`weight_mask`, `l1_unstructured`). *Limit*: reading the weights once and writing a mask.\n\n{table(layer)}",
-            f"Units of one layer (`unit_mask`, `ln_structured(n=2, dim=0)`), sparsity 0.5.\n\n{table(units)}",
-            f'Weights of many layers of 4096 × 4096 (`find_masks(scope="global")`, `global_unstructured`), sparsity 0.8. '
-            f"*Over*: peak memory over weights and masks.\n\n{table([_global_row(count) for count in layers])}",
-        ],
-    )
+    counts = [count for count in (1, 4, 16, 60) if count * 2**24 <= options.max_weights]
+    parts = [
+        "Weights of one layer: `weight_mask` and `l1_unstructured`. Limit: to read the weights once and write a mask.",
+        table([_layer_row(size, sparsity) for size in sizes for sparsity in options.sparsity]),
+        "Units of one layer, sparsity 0.5: `unit_mask` and `ln_structured(n=2, dim=0)`.",
+        table([_unit_row(shape, dtype) for shape in shapes for dtype in (torch.float32, torch.bfloat16)]),
+        "Weights of several layers of 4096 x 4096, sparsity 0.8: `find_masks` with global scope and `global_unstructured`. "
+        "Over: peak memory over the weights and the masks.",
+        table([_global_row(count) for count in counts]),
+    ]
+    report("masks", "Masks: prune.py and torch.nn.utils.prune", parts)
 
 
 def _holder(weight: Tensor) -> nn.Linear:
@@ -177,41 +180,24 @@ def _holder(weight: Tensor) -> nn.Linear:
 
 def _layer_row(size: int, sparsity: float) -> dict[str, object]:
     weight = torch.randn(1024, size // 1024)
-    limit = alternate({"limit": lambda _: (weight.sum(), torch.from_numpy(np.ones(size, bool)))}, seconds=1)["limit"]
-    took = alternate(
-        {
-            "ours": lambda layer: prune.weight_mask(layer.weight, sparsity),
-            "torch": lambda layer: torch_prune.l1_unstructured(layer, "weight", sparsity),
-        },
-        lambda: _holder(weight),
-    )
-    return {
-        "weights": f"{size / 1e6:,.0f} M",
-        "sparsity": sparsity,
-        "prune.py": took["ours"],
-        "torch": took["torch"],
-        "ratio": f"{took['torch'].median / took['ours'].median:.0f}×",
-        "limit": f"{limit.median * 1e3:.3g} ms",
+    sides = {
+        "prune.py": lambda layer: prune.weight_mask(layer.weight, sparsity),
+        "torch": lambda layer: torch_prune.l1_unstructured(layer, "weight", sparsity),
     }
+    took = alternate(sides, lambda: _holder(weight))
+    limit = alternate({"limit": lambda _: (weight.sum(), np.ones(size, bool))}, seconds=1)["limit"]
+    return {"weights": f"{size / 1e6:,.0f} M", "sparsity": sparsity, **took, "ratio": _ratio(took), "limit": limit}
 
 
 def _unit_row(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, object]:
     weight = torch.randn(shape, dtype=dtype)
-    took = alternate(
-        {
-            "ours": lambda layer: prune.unit_mask(layer.weight, 0.5),
-            "torch": lambda layer: torch_prune.ln_structured(layer, "weight", 0.5, n=2, dim=0),
-        },
-        lambda: _holder(weight),
-        seconds=2,
-    )
-    return {
-        "weight": " × ".join(map(str, shape)),
-        "type": str(dtype).removeprefix("torch."),
-        "prune.py": took["ours"],
-        "torch": took["torch"],
-        "ratio": f"{took['torch'].median / took['ours'].median:.1f}×",
+    sides = {
+        "prune.py": lambda layer: prune.unit_mask(layer.weight, 0.5),
+        "torch": lambda layer: torch_prune.ln_structured(layer, "weight", 0.5, n=2, dim=0),
     }
+    took = alternate(sides, lambda: _holder(weight), seconds=2, rounds=(3, 200))
+    kind = str(dtype).removeprefix("torch.")
+    return {"weight": " x ".join(map(str, shape)), "type": kind, **took, "ratio": _ratio(took)}
 
 
 def _stack(weights: Sequence[Tensor]) -> nn.Sequential:
@@ -240,25 +226,20 @@ def _ready(side: Callable[[nn.Sequential], object], count: int) -> Callable[[], 
 def _global_row(count: int) -> dict[str, object]:
     size = count * 2**24
     weights = _weights(count)
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    sides = {"ours": _ours, "torch": _torch}
-    if 56 * size > free:  # torch's took 52 bytes a weight
+    sides = {"prune.py": _ours, "torch": _torch}
+    if 56 * size > os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):  # torch takes about 52 bytes a weight
         del sides["torch"]
     took = alternate(sides, lambda: _stack(weights), rounds=(1, 5) if count > 1 else (3, 25))
-    del weights
-    over = {name: peak_memory(_ready, side, count) for name, side in sides.items()}
-    row = {
-        "weights": f"{size / 1e6:,.0f} M",
-        "prune.py": took["ours"],
-        "torch": "does not fit",
-        "ratio": "",
-        "prune.py over": f"{(over['ours'] - size) / GIB:.2f} GiB",
-        "torch over": "",
-    }
-    if "torch" in sides:
-        row |= {"torch": took["torch"], "ratio": f"{took['torch'].median / took['ours'].median:.0f}×"}
-        row |= {"torch over": f"{(over['torch'] - 4 * size) / GIB:.2f} GiB"}  # its masks are floats
-    return row
+    weights.clear()
+    masks = {"prune.py": size, "torch": 4 * size}  # torch's are floats
+    over = {name: (peak_memory(_ready, side, count) - masks[name]) / GIB for name, side in sides.items()}
+    row: dict[str, object] = {"weights": f"{size / 1e6:,.0f} M", "prune.py": took["prune.py"]}
+    row |= {"torch": took.get("torch", "does not fit"), "ratio": _ratio(took) if "torch" in sides else ""}
+    return row | {f"{name} over": f"{over[name]:.2f} GiB" if name in over else "" for name in masks}
+
+
+def _ratio(took: Mapping[str, Timing]) -> str:
+    return f"{took['torch'].median / took['prune.py'].median:.3g} x"
 
 
 def main() -> None:

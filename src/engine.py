@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from prune import apply_masks
 
 Batches = Iterable[tuple[Tensor, Tensor]]
+DIVERGED = 1000.0  # nats: the right class at e^-1000, on average over an epoch; no training comes back from there
 
 
 class Engine:
@@ -75,7 +76,7 @@ class Engine:
             Accuracy in [0, 1] over all samples, each as it was classified in its own training pass.
 
         Raises:
-            FloatingPointError: the loss or a weight became NaN or infinite.
+            FloatingPointError: the mean loss exceeds `DIVERGED`, or it or a weight became NaN or infinite.
             ValueError: no optimizer, or no batches.
         """
         if self.optimizer is None:
@@ -96,8 +97,9 @@ class Engine:
             losses.append(loss.detach())
         if samples == 0:
             raise ValueError("there are no batches to train on")
-        if not all(values.isfinite().all() for values in (torch.stack(losses), *self.model.parameters())):
-            raise FloatingPointError("the loss or a weight became NaN or infinite: the learning rate is too high")
+        loss = torch.stack(losses).mean().item()
+        if not (loss < DIVERGED and all(weight.isfinite().all() for weight in self.model.parameters())):
+            raise FloatingPointError(f"diverged, with a mean loss of {loss:.3g}: the learning rate is too high")
         return int(torch.stack(counts).sum()) / samples
 
     def _step(self, optimizer: torch.optim.Optimizer) -> None:

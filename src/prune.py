@@ -34,12 +34,13 @@ Blocks = Callable[[Tensor], Iterator[tuple[slice, Any]]]
 
 def _norm(weight: Tensor) -> Tensor:
     """L2 norm of each unit: (units, …) → (units,), in fp32 for half precision."""
-    weight = weight.unsqueeze(-1)  # (units, …, 1), so that a vector has a dimension to take norms over
-    norm = functools.partial(torch.linalg.vector_norm, dim=tuple(range(1, weight.dim())))
-    if weight.element_size() >= 4:
-        return norm(weight)
-    rows = max(_step(weight) // max(weight[:1].numel(), 1), 1)
-    return torch.cat([norm(block.float()) for block in weight.split(rows)])
+    if weight.dim() == 1:
+        return weight.to(_widest(weight)).abs()
+    dims = tuple(range(1, weight.dim()))
+    if weight.element_size() >= 4 or weight.numel() <= _step(weight):
+        return torch.linalg.vector_norm(weight, dim=dims, dtype=_widest(weight))
+    blocks = weight.split(max(_step(weight) // weight[:1].numel(), 1))
+    return torch.cat([torch.linalg.vector_norm(block.float(), dim=dims) for block in blocks])
 
 
 def _relative_norm(weight: Tensor) -> Tensor:
@@ -135,11 +136,11 @@ def unit_mask(weight: Tensor, sparsity: float, dim: int = 0) -> Tensor:
         raise TypeError(f"dim must be an integer, got {dim!r}")
     if not -weight.dim() <= dim < weight.dim():
         raise ValueError(f"dim must be one of weight's {weight.dim()} dimensions, got {dim}")
-    units_first = weight.movedim(dim, 0)
+    units_first = weight.transpose(0, dim)
     norm = _norm(units_first)
     _check_finite("weight", weight, norm)
     (keep,) = _select([norm], _checked_sparsity(sparsity))
-    return _expanded(keep, units_first).movedim(0, dim).contiguous()
+    return _expanded(keep, units_first).transpose(0, dim).contiguous()
 
 
 def find_masks(
@@ -413,7 +414,7 @@ class _Weight(NamedTuple):
 
 def _expanded(keep: Tensor, weight: Tensor) -> Tensor:
     """A mask of weight's shape from one that may be (units,)."""
-    return keep[(..., *[None] * (weight.dim() - keep.dim()))].expand_as(weight)
+    return keep.view(*keep.shape, *[1] * (weight.dim() - keep.dim())).expand_as(weight)
 
 
 def _weights(model: nn.Module, skip: Collection[str] | None) -> list[_Weight]:
@@ -508,8 +509,10 @@ def _select(scores: Sequence[Tensor], sparsity: float, absolute: bool = False) -
         flat = np.concatenate([each.reshape(-1).to(dtype).cpu().numpy() for each in scores])
         keep = np.ones(len(flat), bool)
         keep[(abs(flat) if absolute else flat).argsort(kind="stable")[:count]] = False
-        parts = torch.from_numpy(keep).split(sizes)
-        return [part.view(each.shape).to(each.device) for part, each in zip(parts, scores, strict=True)]
+        parts = [keep[end - size : end] for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
+        return [
+            torch.from_numpy(part).view(each.shape).to(each.device) for part, each in zip(parts, scores, strict=True)
+        ]
     blocks = functools.partial(_blocks, dtype=dtype, absolute=absolute)
     value, stay = _threshold(scores, count, blocks)
     masks = []

@@ -1,6 +1,7 @@
 """Train a network, prune copies of it at every k %, plot accuracy against sparsity: `python src/train.py`."""
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -173,8 +174,10 @@ def _train_network(job: Run, seed: int) -> tuple[nn.Module, float]:
         say(f"Epoch:{epoch}/{config.epochs}, {accuracies}")
     if seed == config.seed:
         path = config.models / f"{job.kind}_model.bin"
-        with utils.atomic_write(path) as temporary, temporary.open("wb") as file:
-            torch.save({name: weight.cpu() for name, weight in model.state_dict().items()}, file)
+        buffer = io.BytesIO()  # a full disk is then an OSError: torch.save makes an error of its own of it
+        torch.save({name: weight.cpu() for name, weight in model.state_dict().items()}, buffer)
+        with utils.atomic_write(path) as temporary:
+            temporary.write_bytes(buffer.getbuffer())
         accuracy = {"training_percent": 100 * training, f"{job.tested.lower()}_percent": 100 * dense}
         utils.write_json(path.with_suffix(".json"), {"seed": seed, "accuracy": accuracy, **job.circumstances()})
     return model, dense

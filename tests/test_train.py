@@ -120,7 +120,7 @@ def test_held_out_results_bear_their_name(tmp_path, capsys):
 
 
 def test_every_way_to_prune(tmp_path, capsys):
-    flags = ["--random-baseline", "--scope", "global", "--finetune-epochs", "1", "--skip", "fc4", "fc5", "--unit-lasso", "1e-4"]
+    flags = ["--random-baseline", "--scope", "global", "--finetune-epochs", "1", "--skip", "fc5", "--unit-lasso", ".1"]
     assert run_digits(tmp_path, *QUICK, *flags) == 0
     rows = read_rows(tmp_path)
     assert [row["method"] for row in rows[::3]] == ["weight", "unit", "random_weight", "random_unit"]

@@ -76,7 +76,8 @@ def test_a_closed_pipe_does_not_end_the_run(tmp_path):
     assert run.stdout is not None and run.stderr is not None
     run.stdout.readline()
     run.stdout.close()  # as `| head -1` does
-    errors = run.stderr.read().decode()
+    with run.stderr as stream:
+        errors = stream.read().decode()
     assert run.wait() == 0, errors
     assert errors == ""
     assert (tmp_path / "p" / "digits_accuracy_sparsity.png").exists()
