@@ -165,8 +165,8 @@ def masks(options: argparse.Namespace) -> None:
         table([_layer_row(size, sparsity) for size in sizes for sparsity in options.sparsity]),
         "Units of one layer, sparsity 0.5: `unit_mask` and `ln_structured(n=2, dim=0)`.",
         table([_unit_row(shape, dtype) for shape in shapes for dtype in (torch.float32, torch.bfloat16)]),
-        "Weights of several layers of 4096 x 4096, sparsity 0.8: `find_masks` with global scope and `global_unstructured`. "
-        "Over: peak memory over the weights and the masks.",
+        "Weights of several layers of 4096 x 4096, sparsity 0.8: `find_masks` with global scope and "
+        "`global_unstructured`. Over: peak memory over the weights and the masks.",
         table([_global_row(count) for count in counts]),
     ]
     report("masks", "Masks: prune.py and torch.nn.utils.prune", parts)

@@ -114,7 +114,7 @@ class Config:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line that names the flag and its range; argparse would print the whole usage above it."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def _shown(default: Any) -> str:

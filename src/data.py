@@ -90,7 +90,8 @@ class Batches:
     """Images and labels in batches (B, …) and (B,), on their device; each loop over it is one epoch.
 
     Raises:
-        ValueError: `batch_size` is no whole number >= 1, or the lengths differ.
+        TypeError: `batch_size` is no whole number.
+        ValueError: `batch_size` is below 1, or the lengths differ.
 
     Example:
         >>> [len(labels) for _, labels in Batches(torch.rand(10, 784), torch.arange(10), batch_size=4)]
@@ -104,8 +105,10 @@ class Batches:
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        if not isinstance(self.batch_size, int) or self.batch_size < 1:
-            raise ValueError(f"batch_size must be a whole number >= 1, got {self.batch_size!r}")
+        if not isinstance(self.batch_size, int):
+            raise TypeError(f"batch_size must be a whole number, got {type(self.batch_size).__name__}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1, got {self.batch_size}")
         if len(self.images) != len(self.labels):
             raise ValueError(f"got {len(self.images)} images, but {len(self.labels)} labels")
 

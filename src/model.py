@@ -17,6 +17,7 @@ class NeuralNetwork(nn.Module):
         sizes: widths from the input to the logits: two or more whole numbers ≥ 1.
 
     Raises:
+        TypeError: a width is no whole number.
         ValueError: fewer than two widths, or one below 1.
 
     Example:
@@ -26,6 +27,8 @@ class NeuralNetwork(nn.Module):
 
     def __init__(self, sizes: Sequence[int] = SIZES) -> None:
         super().__init__()
+        if any(not isinstance(size, int) for size in sizes):
+            raise TypeError(f"sizes must be whole numbers, got {type(sizes).__name__} {sizes!r:.80}")
         if len(sizes) < 2 or min(sizes) < 1:
             raise ValueError(f"sizes must be two or more whole numbers >= 1, got {tuple(sizes)}")
         for number, (fan_in, fan_out) in enumerate(pairwise(sizes), start=1):

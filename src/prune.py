@@ -536,12 +536,14 @@ def _step(tensor: Tensor) -> int:
 
 def _blocks(scores: Tensor, dtype: torch.dtype, absolute: bool) -> Iterator[tuple[slice, Any]]:
     """Each block's place and scores, the last first: NumPy arrays on the CPU, where they are faster, else tensors."""
-    flat, device = scores.reshape(-1), scores.device.type
+    flat, device = scores.reshape(-1), scores.device
+    buffer = torch.empty(min(_step(flat), len(flat)), dtype=dtype, device=device)
     for start in reversed(range(0, len(flat), _step(flat))):
         where = slice(start, start + _step(flat))
         block: Any = flat[where].to(dtype)
-        block = block.numpy() if device in NUMPY else block
-        yield where, abs(block) if absolute else block
+        if absolute:
+            block = torch.abs(block, out=buffer[: len(block)])
+        yield where, block.numpy() if device.type in NUMPY else block
 
 
 def _threshold(scores: Sequence[Tensor], count: int, blocks: Blocks) -> tuple[float, int]:

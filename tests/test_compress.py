@@ -299,7 +299,12 @@ def test_sparse_networks_of_every_dtype(monkeypatch, mkl, dtype, sparsity):
 def test_sparse_networks_are_for_inference():
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 3))
     sparse = to_sparse(model)
-    assert not sparse.training and model.training and not list(sparse.parameters())
+    assert not any(module.training for module in sparse.modules()) and not list(sparse.parameters())
+    assert all(module.training for module in model.modules())
+    batch = torch.randn(2, 6)
+    logits = sparse(batch)
+    nn.init.zeros_(model[3].weight)
+    assert torch.equal(sparse(batch), logits) and logits.any()
     with pytest.raises(ValueError, match="expected 6 features, got 12"):
         sparse(torch.randn(2, 12))
     with pytest.raises(ValueError, match="got SparseNetwork"):
