@@ -2,19 +2,27 @@
 
     python benchmarks/run.py masks
 
-times both sides alternately in one process, prints a table and puts it into its own section of benchmarks/RESULTS.md.
+times both sides in turns, prints a table and puts it into its own section of benchmarks/RESULTS.md.
 A further subcommand is one function that ends in `report`, and its parser in `main`.
 """
 
 import argparse
+import copy
+import csv
 import gc
+import math
 import multiprocessing
 import os
 import platform
+import re
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,11 +34,21 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
+import compress  # noqa: E402
 import prune  # noqa: E402
-from utils import atomic_write  # noqa: E402
+from config import Config  # noqa: E402
+from data import Batches, Dataset, load  # noqa: E402
+from engine import Engine  # noqa: E402
+from model import SIZES, NeuralNetwork  # noqa: E402
+from utils import atomic_write, pick_device, pick_precision  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 MIB, GIB = 2**20, 2**30
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+WEIGHTS = 2_386_000  # of the network
+TRAINING = 2 * (3 * WEIGHTS - 784_000)  # FLOPs an image
+SIDE, REPEATS = 2048, 20  # of the matrix products that give the limit
+PRODUCTS = REPEATS * 2 * SIDE**3  # FLOPs
 
 
 class Timing(NamedTuple):
@@ -242,6 +260,329 @@ def _ratio(took: Mapping[str, Timing]) -> str:
     return f"{took['torch'].median / took['prune.py'].median:.3g} x"
 
 
+def train(options: argparse.Namespace) -> None:
+    """The whole main job beside an ordinary script, and beside the time that its matrix products alone would take."""
+    dataset = load("mnist", options.inputs, device=pick_device("auto"))  # leaves MNIST as both sides look for it
+    with tempfile.TemporaryDirectory() as folder:
+        commands, tried = _commands(options, folder)
+        jobs: dict[str, list[Job]] = {name: [] for name in commands}
+        products = [_time_products(dataset)]
+        for _ in range(options.rounds):
+            for name, command in commands.items():
+                jobs[name].append(_job(command))
+                products.append(_time_products(dataset))
+        with (Path(folder) / "accuracy_sparsity.csv").open(newline="") as file:
+            kept = sum(int(row["weights_kept"]) for row in csv.DictReader(file))
+        start = alternate(_starts(commands["main job"]), rounds=(3, 7))
+    took = {name: Job(*map(statistics.median, zip(*runs, strict=True))) for name, runs in jobs.items()}
+    rate = {name: statistics.median(one[name] for one in products) for name in PRECISIONS}
+    parts = [
+        f"Whole processes, start-up included: {options.epochs} epochs and 26 points; medians of {options.rounds} rounds "
+        "in turns. The ordinary script is `benchmarks/ordinary.py` with the fastest number of loader workers. Tried, for "
+        f"an epoch and two points: {tried}.",
+        table([_job_row(name, jobs[name], took) for name in jobs]),
+        f"Their parts beside the limit: FLOPs over the rate of a product of {SIDE} x {SIDE} matrices, "
+        f"{rate['bf16'] / 1e9:,.0f} GFLOP/s in bf16 and {rate['fp32'] / 1e9:,.0f} in fp32 (medians before, between and "
+        f"after the jobs). An image takes 2 x (3 x {WEIGHTS:,} - 784,000) = {TRAINING:,} FLOPs to train on, as the first "
+        f"layer's inputs need no gradient, and 2 a weight, in fp32, to evaluate. The 26 networks that are swept have "
+        f"{26 * WEIGHTS:,} weights; those that the main job evaluates keep {kept:,} of them.",
+        table([row for name, job in took.items() for row in _part_rows(name, job, rate, options.epochs, kept)]),
+        f"The training passes alone: an epoch of `Engine.train_epoch` with the main job's settings, and {REPEATS} "
+        f"products, in {options.epoch_rounds} turns in one process.",
+        table(_epoch_rows(dataset, options.epoch_rounds)),
+        "Start-up, whole processes. To the first batch: with MNIST on the disk, unpacked.",
+        table([start]),
+    ]
+    report("train", "Training and sweep: the main job, an ordinary script and the limit", parts)
+
+
+def _commands(options: argparse.Namespace, folder: str) -> tuple[dict[str, list[str]], str]:
+    """The jobs to compare; and how long the ordinary script took in a short trial, by its number of workers."""
+    inputs, epochs = ["--inputs", str(options.inputs.resolve())], ["--epochs", str(options.epochs)]
+    ours = ["src/train.py", *inputs, "--dataset", "mnist", "--models", folder, "--plots", folder, *epochs]
+    peer = ["benchmarks/ordinary.py", *inputs, "--plot", f"{folder}/ordinary.png"]
+    trial = ["--epochs", "1", "--k", "50"]  # trains on and evaluates images in about the proportion of the whole job
+    took = {number: _job([*peer, *trial, "--workers", str(number)]).whole for number in options.workers}
+    fastest = str(min(took, key=lambda number: took[number]))
+    commands = {"main job": ours, "main job, fp32": [*ours, "--precision", "fp32"]}
+    commands["ordinary script"] = [*peer, *epochs, "--workers", fastest]
+    return commands, ", ".join(f"{number} workers {seconds:.1f} s" for number, seconds in took.items())
+
+
+class Job(NamedTuple):
+    """What a whole process took, in seconds, and what came of it."""
+
+    whole: float
+    trained: float  # evaluation after every epoch included
+    swept: float
+    accuracy: float  # %, dense, on the test images
+
+
+def _process(command: Sequence[str]) -> str:
+    """What Python prints."""
+    return subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def _job(command: Sequence[str]) -> Job:
+    began = time.perf_counter()
+    printed = _process(command)
+    whole = time.perf_counter() - began
+    trained, swept = map(float, re.findall(r"trained in (\S+) s, swept in (\S+) s", printed)[0])
+    return Job(whole, trained, swept, float(re.findall(r"esting(?: Set Accuracy:)? (\S+)%", printed)[-1]))
+
+
+def _job_row(name: str, runs: Sequence[Job], took: Mapping[str, Job]) -> dict[str, object]:
+    times, job = [run.whole for run in runs], took[name]
+    row: dict[str, object] = {"job": name, "whole": Timing(job.whole, min(times), max(times))}
+    row["faster"] = f"{took['ordinary script'].whole / job.whole:.3g} x"
+    row |= {"trained": f"{job.trained:.1f} s", "swept": f"{job.swept:.1f} s"}
+    return row | {"sweep's share": f"{job.swept / job.whole:.0%}", "test accuracy": f"{job.accuracy:.2f} %"}
+
+
+def _part_rows(name: str, job: Job, rate: Mapping[str, float], epochs: int, kept: int) -> Iterator[dict[str, object]]:
+    native = name == "main job" and pick_precision("auto", pick_device("auto")) is torch.bfloat16
+    passes, evaluation = epochs * 60_000 * TRAINING, epochs * 10_000 * 2 * WEIGHTS
+    limit = passes / rate["bf16" if native else "fp32"] + evaluation / rate["fp32"]
+    sweep = 10_000 * 2 * (26 * WEIGHTS if name == "ordinary script" else kept)
+    for part, operations, least, seconds in (
+        (f"training in {'bf16' if native else 'fp32'}, evaluation in fp32", passes + evaluation, limit, job.trained),
+        ("sweep in fp32", sweep, sweep / rate["fp32"], job.swept),
+    ):
+        row = {"job": name, "part": part, "FLOPs": f"{operations:.3g}", "limit": f"{least:.2f} s"}
+        yield row | {"took": f"{seconds:.1f} s", "share of the limit": f"{least / seconds:.0%}"}
+
+
+def _product(precision: torch.dtype, device: torch.device) -> Callable[[Any], object]:
+    left, right, out = torch.randn(3, SIDE, SIDE, device=device).to(precision)
+    return lambda _: [torch.mm(left, right, out=out) for _ in range(REPEATS)]
+
+
+def _time_products(dataset: Dataset) -> dict[str, float]:
+    """FLOPs a second in each precision."""
+    sides = {name: _product(precision, dataset.train_images.device) for name, precision in PRECISIONS.items()}
+    return {name: PRODUCTS / took.median for name, took in alternate(sides, rounds=(3, 3)).items()}
+
+
+def _trainer(precision: torch.dtype, dataset: Dataset, sizes: Sequence[int] = SIZES) -> Callable[[Any], object]:
+    """Each call trains one more epoch as the main job does."""
+    settings = Config()
+    model = NeuralNetwork(sizes).to(dataset.train_images.device)
+    batches = Batches(dataset.train_images, dataset.train_labels, 512, torch.Generator())
+    rate, decay, smoothing = settings.learning_rate, settings.weight_decay, settings.label_smoothing
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate, weight_decay=decay, fused=True)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=100 * len(batches))
+    engine = Engine(model, optimizer, scheduler=scheduler, precision=precision, label_smoothing=smoothing)
+    return lambda _: engine.train_epoch(batches)
+
+
+def _epoch_rows(dataset: Dataset, rounds: int) -> list[dict[str, object]]:
+    sides = {}
+    for name, precision in PRECISIONS.items():
+        sides[f"{name} products"] = _product(precision, dataset.train_images.device)
+        sides[f"{name} epoch"] = _trainer(precision, dataset)
+    took = alternate(sides, rounds=(rounds, rounds))
+    rows = []
+    for name in PRECISIONS:
+        products, epoch = took[f"{name} products"], took[f"{name} epoch"]
+        limit = Timing(*(len(dataset.train_labels) * TRAINING / PRODUCTS * seconds for seconds in products))
+        row: dict[str, object] = {"precision": name, "rate": f"{PRODUCTS / products.median / 1e9:,.0f} GFLOP/s"}
+        row |= {"limit": limit, "took": epoch, "share of the limit": f"{limit.median / epoch.median:.0%}"}
+        rows.append(row | {"fastest of both": f"{limit.low / epoch.low:.0%}"})
+    return rows
+
+
+def _starts(main_job: Sequence[str]) -> dict[str, Callable[[Any], object]]:
+    until_first_batch = (
+        "import os, sys; sys.path.insert(0, 'src'); import train; "
+        f"train.Engine.train_epoch = lambda *_: os._exit(0); train.main({main_job[1:]})"
+    )
+    return {
+        "train.py --help": lambda _: _process(["src/train.py", "--help"]),
+        "import torch": lambda _: _process(["-c", "import torch"]),
+        "start to first batch": lambda _: _process(["-c", until_first_batch]),
+    }
+
+
+def inference(options: argparse.Namespace) -> None:
+    """Shrunk and sparse networks beside dense ones, as fast as they could be and as torch-pruning makes them."""
+    torch.manual_seed(0)
+    model, origin = NeuralNetwork(), "a network of random weights"
+    if options.model.exists():
+        model = NeuralNetwork.from_state_dict(torch.load(options.model, weights_only=True))
+        origin = f"the trained network in `{options.model.name}`"
+    images = torch.rand(256, 784)
+    networks: dict[str, nn.Module] = {"dense": model}
+    errors = []
+    for k in (50, 80):
+        pruned = prune.prune_model(model, "unit", k / 100)
+        small = compress.shrink(pruned)
+        networks |= {f"unit {k} %: shrunk": small, f"unit {k} %: from scratch": NeuralNetwork(_sizes(small))}
+        networks[f"unit {k} %: torch-pruning"] = _torch_pruned(model, k / 100)
+        errors.append(_error(small, pruned, images))
+    for k in (80, 90, 95, 99):
+        pruned = prune.prune_model(model, "weight", k / 100)
+        for form, source in (("sparse", pruned), ("shrunk, sparse", compress.shrink(pruned))):
+            networks[f"weight {k} %: {form}"] = sparse = compress.to_sparse(source)
+            errors.append(_error(sparse, pruned, images))
+    took = {size: _latencies(networks, images[:size], options) for size in (256, 1)}
+    held = {name: networks[name] for name in ("dense", "unit 50 %: shrunk", "unit 80 %: shrunk")}
+    parts = [
+        f"On the CPU in fp32, of {origin}. Medians of {options.rounds} rounds in turns, each the median of "
+        f"{options.seconds:g} s of calls. torch-pruning: `MagnitudePruner`, L2, local, the output layer ignored. Logits "
+        f"differ from those of the pruned network by at most {max(errors):.0e} of the largest.",
+        table([_latency_row(name, network, took) for name, network in networks.items()]),
+        f"Peak memory of making a network and running {len(images)} images through it, median of {options.rounds} fresh "
+        "processes.",
+        table([_memory_row(name, network, options.rounds) for name, network in held.items()]),
+    ]
+    report("inference", "Inference: shrunk and sparse networks", parts)
+
+
+def _sizes(network: nn.Module) -> list[int]:
+    weights = list(network.parameters())
+    return [weights[0].shape[1], *map(len, weights)]
+
+
+def _torch_pruned(model: nn.Module, sparsity: float) -> nn.Module:
+    import torch_pruning
+
+    model = copy.deepcopy(model)
+    norm = torch_pruning.importance.MagnitudeImportance(p=2)
+    *_, output = model.children()
+    torch_pruning.pruner.MagnitudePruner(
+        model, torch.rand(1, 784), importance=norm, pruning_ratio=sparsity, ignored_layers=[output]
+    ).step()
+    return model
+
+
+@torch.no_grad()
+def _error(network: nn.Module, pruned: nn.Module, images: Tensor) -> float:
+    logits = pruned(images)
+    return float((network(images) - logits).abs().max() / logits.abs().max())
+
+
+def _latencies(networks: Mapping[str, nn.Module], batch: Tensor, options: argparse.Namespace) -> dict[str, Timing]:
+    """`compress.latency` of every network, in turns."""
+    medians: dict[str, list[float]] = {name: [] for name in networks}
+    for _ in range(options.rounds):
+        for name, network in networks.items():
+            medians[name].append(compress.latency(network.eval(), batch, options.seconds).median)
+    return {name: Timing(statistics.median(times), min(times), max(times)) for name, times in medians.items()}
+
+
+def _latency_row(name: str, network: nn.Module, took: Mapping[int, Mapping[str, Timing]]) -> dict[str, object]:
+    weights = sum(int(weight.to_dense().count_nonzero()) for weight in network.state_dict().values())
+    row: dict[str, object] = {"network": name, "weights": f"{weights:,}"}
+    for size, times in took.items():
+        row |= {
+            f"batch {size}": times[name],
+            f"faster at {size}": f"{times['dense'].median / times[name].median:.3g} x",
+        }
+    return row
+
+
+def _memory_row(name: str, network: nn.Module, rounds: int) -> dict[str, object]:
+    peaks = [peak_memory(_pass, _sizes(network)) / MIB for _ in range(rounds)]
+    return {"network": name, "peak": f"{statistics.median(peaks):.1f} MiB ({min(peaks):.1f} to {max(peaks):.1f})"}
+
+
+def _pass(sizes: Sequence[int]) -> Callable[[], object]:
+    images = torch.rand(256, 784)
+    run = torch.inference_mode()(lambda sizes: NeuralNetwork(sizes)(images))
+    run((784, 10, 10))  # what torch loads at its first use doesn't count
+    return lambda: run(sizes)
+
+
+def scaling(options: argparse.Namespace) -> None:
+    """How time and memory grow with the weights, the images and the number of k."""
+    weights = {2**exponent: (2**exponent,) for exponent in (16, 18, 20, 22, 24)}
+    networks = {sum(map(math.prod, pairwise(_widths(width)))): width for width in (125, 250, 500, 1000, 2000)}
+    images = (1024, 2048, 4096, 8192, 16384)
+    rows = [
+        _growth_row("weight_mask", "weights", _layer_masks, weights, options),
+        _growth_row("find_masks, global", "weights", _global_masks, weights, options),
+        _growth_row("training epoch", "weights", _epoch, {n: (width, 4096) for n, width in networks.items()}, options),
+        _growth_row("training epoch", "images", _epoch, {n: (1000, n) for n in images}, options),
+        _growth_row("sweep", "weights", _sweep, {n: (width, 4096, 6) for n, width in networks.items()}, options),
+        _growth_row("sweep", "images", _sweep, {n: (1000, n, 6) for n in images}, options),
+        _growth_row("sweep", "number of k", _sweep, {n: (1000, 4096, n) for n in (3, 6, 12, 24, 48)}, options),
+    ]
+    parts = [
+        f"At up to {options.sizes} sizes a row, in turns, on the CPU with random weights and images: medians at the "
+        "smallest and the largest, and the exponent fitted to all; what costs the same at any size makes it smaller. "
+        "Memory: the peak of a fresh process over what it held before, the weights and images included. Unless they "
+        "grow: 4,096 images, 2,386,000 weights (the network's widths keep their proportions), 6 k, both methods.",
+        table(rows),
+    ]
+    report("scaling", "Scaling: how time and memory grow", parts)
+
+
+def _growth_row(
+    task: str, variable: str, make: Callable[..., Callable[[], object]], cases: Mapping[int, tuple[int, ...]],
+    options: argparse.Namespace,
+) -> dict[str, object]:  # fmt: skip
+    """One row: `cases` are sizes and the arguments with which `make` returns the call to measure at that size."""
+    sizes = list(cases)[: options.sizes]
+    calls = {str(size): make(*cases[size]) for size in sizes}
+    took = alternate({name: partial(_call, call) for name, call in calls.items()}, seconds=options.seconds)
+    calls.clear()
+    times = [took[str(size)].median for size in sizes]
+    peaks = [peak_memory(_made_and_called, make, cases[sizes[0]], cases[size]) / MIB for size in sizes]
+    row: dict[str, object] = {"task": task, "grows with": variable, "from": f"{sizes[0]:,}", "to": f"{sizes[-1]:,}"}
+    row |= {"time": f"{times[0] * 1e3:,.3g} to {times[-1] * 1e3:,.3g} ms", "exponent": _exponent(sizes, times)}
+    return row | {"memory": f"{peaks[0]:.1f} to {peaks[-1]:.1f} MiB", "its exponent": _exponent(sizes, peaks)}
+
+
+def _exponent(sizes: Sequence[int], values: Sequence[float]) -> str:
+    return f"{np.polyfit(np.log(sizes), np.log(values), 1)[0]:.2f}"
+
+
+def _call(call: Callable[[], object], _: object) -> object:
+    return call()
+
+
+def _made_and_called(
+    make: Callable[..., Callable[[], object]], small: Sequence[int], case: Sequence[int]
+) -> Callable[[], object]:
+    make(*small)()  # what torch loads at its first use doesn't count
+    return lambda: make(*case)()
+
+
+def _widths(width: int) -> tuple[int, ...]:
+    return 784, width, width, width // 2, width // 5, 10
+
+
+def _layer_masks(count: int) -> Callable[[], object]:
+    weight = torch.randn(256, count // 256)
+    return lambda: prune.weight_mask(weight, 0.8)
+
+
+def _global_masks(count: int) -> Callable[[], object]:
+    model = nn.Sequential(*(nn.Linear(256, count // 1024, bias=False) for _ in range(4)))
+    return lambda: prune.find_masks(model, "weight", 0.8, scope="global", skip=())
+
+
+def _random_images(count: int) -> Dataset:
+    images, labels = torch.rand(count, 784), torch.randint(10, (count,))
+    return Dataset("random", images, labels, images, labels)
+
+
+def _epoch(width: int, images: int) -> Callable[[], object]:
+    precision = pick_precision("auto", torch.device("cpu"))
+    return partial(_trainer(precision, _random_images(images), _widths(width)), None)
+
+
+def _sweep(width: int, images: int, count: int) -> Callable[[], object]:
+    model, data = NeuralNetwork(_widths(width)), _random_images(images)
+    batches = Batches(data.test_images, data.test_labels, 2000)
+
+    def score(pruned: nn.Module) -> float:
+        return Engine(compress.to_sparse(compress.shrink(pruned))).evaluate(batches)
+
+    sparsities = np.linspace(0, 0.99, count).tolist()
+    return lambda: [prune.sweep(model, method, sparsities, score) for method in ("weight", "unit")]
+
+
 def main() -> None:
     """Run the subcommand that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -250,6 +591,25 @@ def main() -> None:
     command.add_argument("--max-weights", type=lambda text: int(float(text)), default=2**28, help="largest model")
     command.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.8, 0.95], help="for the single layers")
     command.set_defaults(run=masks)
+    command = commands.add_parser("train", help="the main job, beside an ordinary script and the matrix-product limit")
+    workers = sorted({0, 1, 2, os.cpu_count() or 1})
+    command.add_argument("--rounds", type=int, default=2, help="runs of each job")
+    command.add_argument("--epochs", type=int, default=10, help="of each job")
+    command.add_argument("--epoch-rounds", type=int, default=5, help="epochs of the training passes alone")
+    command.add_argument("--workers", type=int, nargs="+", default=workers, help="of the ordinary script, to try")
+    command.add_argument("--inputs", type=Path, default=ROOT / "inputs", help="folder of MNIST/")
+    command.set_defaults(run=train)
+    command = commands.add_parser("inference", help="shrunk and sparse networks, beside dense ones and torch-pruning's")
+    command.add_argument("--rounds", type=int, default=5, help="measurements of each network")
+    command.add_argument("--seconds", type=float, default=0.2, help="of each measurement")
+    command.add_argument(
+        "--model", type=Path, default=ROOT / "models" / "mnist_model.bin", help="model file, if it exists"
+    )
+    command.set_defaults(run=inference)
+    command = commands.add_parser("scaling", help="how time and memory grow with weights, images and number of k")
+    command.add_argument("--sizes", type=int, default=5, help="to measure a row, from the smallest on; 2 to 5")
+    command.add_argument("--seconds", type=float, default=4, help="for the times of a row, about")
+    command.set_defaults(run=scaling)
     options = parser.parse_args()
     options.run(options)
 

@@ -36,17 +36,17 @@ _FORMAT = "compressed network, version 1"
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an entry
 _MKL = torch.backends.mkl.is_available()
 # Measured for the layers of NeuralNetwork in fp32 on 2 cores with AVX-512.
-_DENSITY = 1 / 3  # CSR wins below 0.3 at any batch size, and below 0.45 at 256
+_DENSITY = 1 / 3  # CSR wins below about 0.3 at every batch size, and below 0.45 at 256
 _SUM_BATCH = 16  # from this batch size on, summing rows beats MKL's CSR product
-_PIECE = 256  # inputs; a batch of 10,000 in one piece takes 4 times as long
+_PIECE = 256  # a batch of 10,000 in one piece takes 4 times as long
 
 
 def shrink(model: nn.Module) -> nn.Module:
     """A smaller network with the same outputs: every unit that cannot change them is removed.
 
-    A unit goes when its incoming weights are all zero: what it sends is constant and moves into the next layer's
-    biases. Where that layer has none, it goes only if it sends zero. A unit also goes when its outgoing weights are all
-    zero; and so on until no more can go. Inputs and logits stay, and so does one unit of every layer, its weights zero.
+    A unit goes when its incoming weights are all zero: what it sends is constant, and moves into the biases of the next
+    layer (where that has none, the unit goes only if it sends zero). It also goes when its outgoing weights are all
+    zero. So on until no more can go. Inputs and logits stay; a layer none of whose units matters keeps one, all zero.
     Logits are equal to rounding in eval mode; in training mode, a constant that has moved is not subject to dropout.
 
     Args:
@@ -71,7 +71,6 @@ def shrink(model: nn.Module) -> nn.Module:
         if not parameter.detach().abs().amax().isfinite():
             raise ValueError(f"{name} has NaN or infinite values: removing units could hide them")
     smaller = copy.deepcopy(model)
-    smaller.zero_grad()
     layers = [layer for _, layer in _layers(smaller)]
     places = [place for place, layer in enumerate(layers) if isinstance(layer, nn.Linear)]
     with torch.no_grad():
@@ -129,9 +128,9 @@ def _layers(model: nn.Module) -> list[tuple[str, Any]]:
         if isinstance(layer, nn.Linear) and not isinstance(layer.weight, nn.Parameter):
             raise ValueError(f"{name}.weight is computed; make it permanent (torch.nn.utils.prune.remove) first")
     linears = [(name, layer) for name, layer in pairs if isinstance(layer, nn.Linear)]
-    for place, (name, layer) in enumerate(linears):
-        if any(layer.weight is other.weight for _, other in linears[:place]):
-            raise ValueError(f"{name} uses the weight of an earlier layer")
+    shared = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
+    if shared:
+        raise ValueError(f"{', '.join(sorted(shared))}: shared with an earlier layer")
     for (before, layer), (after, following) in pairwise(linears):
         if following.in_features != layer.out_features:
             raise ValueError(f"{after} takes {following.in_features} inputs, {before} has {layer.out_features} units")
@@ -282,7 +281,7 @@ def _compressed(model: nn.Module, info: dict[str, Any] | None = None) -> memoryv
     """The bytes of the file. In memory first: torch puts the name of a file into it, and they are read back here."""
     _layers(model)
     if isinstance(model, NeuralNetwork):
-        modules: list[Any] = [("", "NeuralNetwork", {"sizes": model.sizes})]
+        modules: list[Any] = [("", "NeuralNetwork", {"sizes": [int(size) for size in model.sizes]})]
     else:
         named = model.named_modules(remove_duplicate=False)
         modules = [(name, type(module).__name__, _arguments(module)) for name, module in named]

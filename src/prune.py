@@ -26,10 +26,10 @@ from torch import Tensor, nn
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # the integers that a weight's bytes are multiplied as
-NUMPY = ("cpu",)  # devices on which NumPy ranks faster than torch
-CPU_BLOCK, GPU_BLOCK = 2**17, 2**24  # weights ranked at a time: they fit into a core's cache, or keep a GPU busy
-SAMPLED = 2**12  # from so many scores on a sample narrows down what needs to be ranked
-Blocks = Callable[[Tensor], Iterator[tuple[slice, Any]]]
+NUMPY = ("cpu",)  # devices where NumPy ranks faster than torch
+BLOCK = {np: 2**18, torch: 2**24}  # scores that each ranks at a time: they fit into a cache, or keep a GPU busy
+GRAIN = 2**15  # entries on which torch doesn't start threads and takes no new pages of memory
+SAMPLED = 2**12  # as many scores are worth a sample that narrows down what needs to be ranked
 
 
 def _norm(weight: Tensor) -> Tensor:
@@ -37,9 +37,9 @@ def _norm(weight: Tensor) -> Tensor:
     if weight.dim() == 1:
         return weight.to(_widest(weight)).abs()
     dims = tuple(range(1, weight.dim()))
-    if weight.element_size() >= 4 or weight.numel() <= _step(weight):
+    if weight.element_size() >= 4 or weight.device.type != "cpu" or weight.numel() <= GRAIN:
         return torch.linalg.vector_norm(weight, dim=dims, dtype=_widest(weight))
-    blocks = weight.split(max(_step(weight) // weight[:1].numel(), 1))
+    blocks = weight.split(max(GRAIN // weight[:1].numel(), 1))  # several times faster than dtype=torch.float32
     return torch.cat([torch.linalg.vector_norm(block.float(), dim=dims) for block in blocks])
 
 
@@ -510,18 +510,16 @@ def _select(scores: Sequence[Tensor], sparsity: float, absolute: bool = False) -
         keep = np.ones(len(flat), bool)
         keep[(abs(flat) if absolute else flat).argsort(kind="stable")[:count]] = False
         parts = [keep[end - size : end] for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
-        return [
-            torch.from_numpy(part).view(each.shape).to(each.device) for part, each in zip(parts, scores, strict=True)
-        ]
-    blocks = functools.partial(_blocks, dtype=dtype, absolute=absolute)
-    value, stay = _threshold(scores, count, blocks)
+        pairs = zip(parts, scores, strict=True)
+        return [torch.from_numpy(part).view(each.shape).to(each.device) for part, each in pairs]
+    value, stay = _threshold(scores, count, dtype, absolute)
     masks = []
     for each, size in zip(scores[::-1], sizes[::-1], strict=True):
-        library: Any = np if each.device.type in NUMPY else torch
+        library = _library(each)
         # NumPy asks for huge pages, which makes a large new array several times cheaper to fill.
         mask = np.empty(size, bool) if library is np else torch.empty(size, dtype=torch.bool, device=each.device)
-        for where, block in blocks(each):
-            mask[where] = block > value
+        for where, block in _blocks(each, dtype, absolute):
+            library.greater(block, value, out=mask[where])
             if stay:
                 tied = library.argwhere(block == value)[-stay:, 0]
                 mask[where][tied] = True
@@ -530,23 +528,24 @@ def _select(scores: Sequence[Tensor], sparsity: float, absolute: bool = False) -
     return masks[::-1]
 
 
-def _step(tensor: Tensor) -> int:
-    return CPU_BLOCK if tensor.device.type == "cpu" else GPU_BLOCK
+def _library(tensor: Tensor) -> Any:
+    return np if tensor.device.type in NUMPY else torch
 
 
 def _blocks(scores: Tensor, dtype: torch.dtype, absolute: bool) -> Iterator[tuple[slice, Any]]:
-    """Each block's place and scores, the last first: NumPy arrays on the CPU, where they are faster, else tensors."""
-    flat, device = scores.reshape(-1), scores.device
-    buffer = torch.empty(min(_step(flat), len(flat)), dtype=dtype, device=device)
-    for start in reversed(range(0, len(flat), _step(flat))):
-        where = slice(start, start + _step(flat))
+    """Each block's place and scores, the last first. Magnitudes are overwritten by those of the next block."""
+    flat, library = scores.reshape(-1), _library(scores)
+    step = BLOCK[library]
+    magnitudes: Any = torch.empty(min(step, len(flat)), dtype=dtype, device=flat.device)
+    for start in reversed(range(0, len(flat), step)):
+        where = slice(start, start + step)
         block: Any = flat[where].to(dtype)
-        if absolute:
-            block = torch.abs(block, out=buffer[: len(block)])
-        yield where, block.numpy() if device.type in NUMPY else block
+        if library is np:
+            block, magnitudes = block.numpy(), np.asarray(magnitudes)
+        yield where, library.abs(block, out=magnitudes[: len(block)]) if absolute else block
 
 
-def _threshold(scores: Sequence[Tensor], count: int, blocks: Blocks) -> tuple[float, int]:
+def _threshold(scores: Sequence[Tensor], count: int, dtype: torch.dtype, absolute: bool) -> tuple[float, int]:
     """The count-th lowest score, and how many scores that equal it are not among the count lowest.
 
     A random sample gives a range that should hold it. All scores are compared with the range, but only those within it
@@ -555,15 +554,16 @@ def _threshold(scores: Sequence[Tensor], count: int, blocks: Blocks) -> tuple[fl
     Source: Floyd and Rivest, "Expected Time Bounds for Selection" (1975).
     """
     for deviations in (3, 30, math.inf):
-        low, high = _range(scores, count, deviations, blocks)
+        low, high = _range(scores, count, deviations, dtype, absolute)
         below, at_low, within, between = 0, 0, 0, []
-        for _, block in itertools.chain.from_iterable(map(blocks, scores)):
-            under = block < low
-            inside = torch.as_tensor(block[(block <= high) ^ under]).cpu().numpy()
-            below += int((np if isinstance(block, np.ndarray) else torch).count_nonzero(under))
-            at_low += int(np.count_nonzero(inside == low))
-            within += len(inside)
-            between.append(inside[(inside > low) & (inside < high)])  # what equals the ends can be too much to hold
+        for each in scores:
+            for _, block in _blocks(each, dtype, absolute):
+                under = block < low
+                below += int(_library(each).count_nonzero(under))
+                inside = torch.as_tensor(block[(block <= high) ^ under]).cpu().numpy()
+                within += len(inside)
+                at_low += int(np.count_nonzero(inside == low))
+                between.append(inside[(inside > low) & (inside < high)])  # what equals the ends may be too much to hold
         if below < count <= below + within:
             break
     rank, found = count - below, np.concatenate(between)
@@ -575,18 +575,21 @@ def _threshold(scores: Sequence[Tensor], count: int, blocks: Blocks) -> tuple[fl
     return float(value), at_low + int(np.count_nonzero(found <= value)) - rank
 
 
-def _range(scores: Sequence[Tensor], count: int, deviations: float, blocks: Blocks) -> tuple[float, float]:
+def _range(
+    scores: Sequence[Tensor], count: int, deviations: float, dtype: torch.dtype, absolute: bool
+) -> tuple[float, float]:
     """Where the count-th lowest score lies: within so many standard deviations of its place in a random sample."""
-    total = sum(each.numel() for each in scores)
     if deviations == math.inf:
         return -math.inf, math.inf
-    random = np.random.default_rng(0)
-    parts = [np.array([-math.inf, math.inf], np.float32)]
+    total = sum(each.numel() for each in scores)
+    random = torch.Generator().manual_seed(0)
+    drawn = []
     for each in scores:
-        places = random.integers(each.numel(), size=random.binomial(each.numel(), 2 * total ** (-1 / 3)))
-        drawn = each.reshape(-1).index_select(0, torch.from_numpy(places).to(each.device))
-        parts += [torch.as_tensor(block).cpu().numpy() for _, block in blocks(drawn)]
-    sample = np.concatenate(parts)
+        size = int(each.numel() * total ** (-1 / 3) + torch.rand((), generator=random))  # on average what is due
+        places = torch.randint(max(each.numel(), 1), (size,), generator=random).to(each.device)
+        drawn.append(each.reshape(-1).index_select(0, places).to(dtype).cpu().numpy())
+    sample = np.concatenate(drawn)
+    sample = np.append(abs(sample) if absolute else sample, np.float32([-math.inf, math.inf]))
     place = len(sample) * count / total
     margin = deviations * math.sqrt(place * (1 - count / total)) + deviations
     first, last = max(math.floor(place - margin), 0), min(math.ceil(place + margin), len(sample) - 1)

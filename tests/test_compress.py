@@ -243,7 +243,7 @@ REFUSED = [
     (nn.Sequential(nn.Linear(3, 4), nn.Sigmoid()), "1 is a Sigmoid"),
     (nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.ReLU(), nn.BatchNorm1d(4))), r"1\.1 is a BatchNorm1d"),
     (nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(8, 2)), "2 takes 8 inputs, 0 has 4 units"),
-    (nn.Sequential(SHARED, nn.ReLU(), SHARED), "2 uses the weight of an earlier layer"),
+    (nn.Sequential(SHARED, nn.ReLU(), SHARED), r"2\.bias, 2\.weight: shared with an earlier layer"),
     (nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))), "0 is a ParametrizedLinear"),
     (computed_weight(), "fc1.weight is computed"),
     (nn.Linear(3, 4), "got Linear"),
@@ -266,6 +266,20 @@ def test_weights_that_are_not_finite_are_not_hidden(value):
         model.fc2.weight[0, 0] = value
     with pytest.raises(ValueError, match=r"fc2\.weight has NaN or infinite"):
         shrink(model)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_activations_send_zero_for_zero(activation):
+    assert not activation(torch.zeros(3)).any()
+
+
+@pytest.mark.parametrize("function", [shrink, to_sparse])
+def test_stacks_with_hardly_a_layer(function, tmp_path):
+    for model in (nn.Sequential(), nn.Sequential(nn.ReLU()), nn.Sequential(nn.Linear(4, 3))):
+        batch = torch.randn(5, 4)
+        torch.testing.assert_close(function(model)(batch), model(batch))
+        save_compressed(model, tmp_path / "model.bin")
+        assert str(load_compressed(tmp_path / "model.bin")[0]) == str(model)
 
 
 # to_sparse
@@ -566,9 +580,13 @@ def test_nan_with_a_payload_and_minus_zero_come_back_from_a_file(tmp_path):
 
 def test_latency_states_its_threads_and_leaves_the_model():
     model, threads = nn.Sequential(nn.Linear(4, 3), nn.Dropout()), torch.get_num_threads()
-    measurement = latency(model, torch.randn(8, 4), min_run_time=0.001)
+    torch.set_num_threads(3)
+    try:
+        measurement = latency(model, torch.randn(8, 4), min_run_time=0.001)
+        assert measurement.task_spec.num_threads == torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
     assert measurement.median > 0 and measurement.iqr >= 0
-    assert measurement.task_spec.num_threads == threads == torch.get_num_threads()
     assert model.training and torch.is_grad_enabled()
 
 

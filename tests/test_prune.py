@@ -115,9 +115,9 @@ def test_a_misleading_sample_costs_time_but_no_precision(monkeypatch: pytest.Mon
     asked = []
     true_range = prune._range
 
-    def misled(scores: list[Tensor], count: int, deviations: float, blocks: prune.Blocks) -> tuple[float, float]:
+    def misled(scores: list[Tensor], count: int, deviations: float, *rest: object) -> tuple[float, float]:
         asked.append(deviations)
-        return (2.0, 3.0) if len(asked) == 1 else true_range(scores, count, deviations, blocks)
+        return (2.0, 3.0) if len(asked) == 1 else true_range(scores, count, deviations, *rest)
 
     monkeypatch.setattr(prune, "_range", misled)
     assert torch.equal(prune.weight_mask(weight, 0.8), stable(weight, 0.8))
@@ -139,7 +139,9 @@ def test_weight_mask_is_what_a_stable_sort_prunes(weight: Tensor, sparsity: floa
 def test_samples_and_blocks_of_any_size_select_exactly(data: st.DataObject, weight: Tensor, sparsity: float) -> None:
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(prune, "SAMPLED", data.draw(st.integers(8, 60))))
-        patches.enter_context(mock.patch.object(prune, "CPU_BLOCK", data.draw(st.integers(20, 2000))))
+        patches.enter_context(
+            mock.patch.dict(prune.BLOCK, dict.fromkeys(prune.BLOCK, data.draw(st.integers(20, 2000))))
+        )
         patches.enter_context(mock.patch.object(prune, "NUMPY", data.draw(st.sampled_from([(), ("cpu",)]))))
         mask = prune.weight_mask(weight, sparsity)
     assert torch.equal(mask, stable(weight.abs(), sparsity))

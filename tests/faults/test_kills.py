@@ -69,9 +69,9 @@ def test_a_killed_run_leaves_whole_files_and_the_next_one_ends_well(undisturbed,
         assert again.returncode == 0, errors
         check_whole(folder, expected)
         assert {path.name for path in folder.rglob("*")} == {path.name for path in expected.rglob("*")}
-        # A seed whose end was printed is on disk an instant later; what was on disk is not trained again.
         resumed = second.count("is taken from")
-        assert resumed >= first.count("swept in") - 1
+        if "flat up to" not in first:  # from then on the run is whole, and what it kept of its seeds goes away
+            assert resumed >= first.count("swept in") - 1  # the last of them may not have been on disk yet
         assert second.count("Epoch:1/1") == 3 - resumed
         trained += resumed
     print(f"{kills} kills, {trained} seeds were not trained again")
