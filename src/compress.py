@@ -232,11 +232,14 @@ def save_compressed(model: nn.Module, path: str | Path, info: dict[str, Any] | N
         info: plain values (str, int, float, list, dict, …) to keep with it, such as {"accuracy": 0.98}.
 
     Raises:
+        TypeError: `info` is no dict.
         ValueError: a model or `info` that cannot be stored.
         OSError: the file cannot be written.
 
     Source: S. Han, H. Mao, W. J. Dally, "Deep Compression", ICLR 2016, for the gaps.
     """
+    if not isinstance(info, dict | None):
+        raise TypeError(f"info must be a dict of plain values, got {type(info).__name__}")
     data = _compressed(model, info)
     with atomic_write(Path(path)) as temporary:
         temporary.write_bytes(data)
@@ -286,7 +289,7 @@ def _compressed(model: nn.Module, info: dict[str, Any] | None = None) -> memoryv
         named = model.named_modules(remove_duplicate=False)
         modules = [(name, type(module).__name__, _arguments(module)) for name, module in named]
     tensors = {name: _pack(tensor) for name, tensor in model.state_dict().items()}
-    content = dict(format=_FORMAT, modules=modules, tensors=tensors, training=model.training, info=dict(info or {}))
+    content = dict(format=_FORMAT, modules=modules, tensors=tensors, training=model.training, info=info or {})
     buffer = io.BytesIO()
     try:
         torch.save(content, buffer)

@@ -97,9 +97,9 @@ class Engine:
             losses.append(loss.detach())
         if samples == 0:
             raise ValueError("there are no batches to train on")
-        loss = torch.stack(losses).mean().item()
-        if not (loss < DIVERGED and all(weight.isfinite().all() for weight in self.model.parameters())):
-            raise FloatingPointError(f"diverged, with a mean loss of {loss:.3g}: the learning rate is too high")
+        mean_loss = torch.stack(losses).mean().item()
+        if not (mean_loss < DIVERGED and all(weight.isfinite().all() for weight in self.model.parameters())):
+            raise FloatingPointError(f"diverged, with a mean loss of {mean_loss:.3g}: the learning rate is too high")
         return int(torch.stack(counts).sum()) / samples
 
     def _step(self, optimizer: torch.optim.Optimizer) -> None:

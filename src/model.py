@@ -63,8 +63,11 @@ class NeuralNetwork(nn.Module):
             state: ``fc1.weight`` … ``fcN.weight``, each (out, in), each layer's in the out of the one before.
 
         Raises:
+            TypeError: `state` is no dict.
             ValueError: other names, shapes that do not chain, weights not floating point or not finite.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be a dict of weights by name, got {type(state).__name__}")
         names = [f"fc{number}.weight" for number in range(1, len(state) + 1)]
         if not state or set(state) != set(names):
             raise ValueError(

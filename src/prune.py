@@ -195,16 +195,16 @@ def find_masks(
         scores = (_scored(weight, score) for weight in weights)
         groups = [list(scores)] if scope == "global" else ([each] for each in scores)
         keeps = [keep for group in groups for keep in _select(group, sparsity, absolute=score is torch.abs)]
-    pairs = list(zip(weights, keeps, strict=True))
-    # NumPy's any() stops at the first weight that is kept
-    empty = [
-        weight.name
-        for weight, keep in pairs
-        if weight.tensor.numel() and not (keep.numpy() if keep.device.type in NUMPY else keep).any()
-    ]
+    masks: dict[str, Tensor] = {}
+    empty = []
+    for weight, keep in zip(weights, keeps, strict=True):
+        masks.update(weight.masks(keep))
+        # NumPy's any() stops at the first True
+        if weight.tensor.numel() and not (keep.numpy() if keep.device.type in NUMPY else keep).any():
+            empty.append(weight.name)
     if empty:
         warnings.warn(f"pruning leaves nothing of {', '.join(empty)}", stacklevel=2)
-    return {name: mask for weight, keep in pairs for name, mask in weight.masks(keep)}
+    return masks
 
 
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
@@ -326,7 +326,7 @@ def sweep(
     checked = [_checked_sparsity(sparsity) for sparsity in sparsities]
     seed = _drawn(generator)
     for sparsity in checked:
-        draw = torch.Generator().manual_seed(seed)
+        draw = torch.Generator("cpu").manual_seed(seed)
         masks = find_masks(model, method, sparsity, scope=scope, skip=skip, generator=draw)
         pruned = copy.deepcopy(model)
         apply_masks(pruned, masks)
@@ -440,12 +440,11 @@ def _weights(model: nn.Module, skip: Collection[str] | None) -> list[_Weight]:
             tensor = _dense(name, layer.weight)
             tensor.grad = layer.weight.grad
             groups = layer.groups if isinstance(layer, TRANSPOSED) else 0
-            biases = {
-                id(layers[each].bias): f"{each}.bias".lstrip(".")
-                for each in names[::-1]
-                if layers[each].bias is not None
-            }
-            weights.append(_Weight(name, tensor, groups, list(biases.values())[::-1]))
+            biases: dict[int, str] = {}
+            for each in names:
+                if layers[each].bias is not None:
+                    biases.setdefault(id(layers[each].bias), f"{each}.bias".lstrip("."))
+            weights.append(_Weight(name, tensor, groups, list(biases.values())))
     return weights
 
 
@@ -524,7 +523,7 @@ def _select(scores: Sequence[Tensor], sparsity: float, absolute: bool = False) -
                 tied = library.argwhere(block == value)[-stay:, 0]
                 mask[where][tied] = True
                 stay -= len(tied)
-        masks.append(torch.as_tensor(mask).view(each.shape))
+        masks.append(torch.as_tensor(mask, device=each.device).view(each.shape))
     return masks[::-1]
 
 
@@ -557,10 +556,12 @@ def _threshold(scores: Sequence[Tensor], count: int, dtype: torch.dtype, absolut
         low, high = _range(scores, count, deviations, dtype, absolute)
         below, at_low, within, between = 0, 0, 0, []
         for each in scores:
+            library = _library(each)
             for _, block in _blocks(each, dtype, absolute):
                 under = block < low
-                below += int(_library(each).count_nonzero(under))
-                inside = torch.as_tensor(block[(block <= high) ^ under]).cpu().numpy()
+                below += int(library.count_nonzero(under))
+                inside = block[(block <= high) ^ under]
+                inside = inside if library is np else inside.cpu().numpy()
                 within += len(inside)
                 at_low += int(np.count_nonzero(inside == low))
                 between.append(inside[(inside > low) & (inside < high)])  # what equals the ends may be too much to hold
@@ -582,14 +583,15 @@ def _range(
     if deviations == math.inf:
         return -math.inf, math.inf
     total = sum(each.numel() for each in scores)
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator("cpu").manual_seed(0)
     drawn = []
     for each in scores:
-        size = int(each.numel() * total ** (-1 / 3) + torch.rand((), generator=random))  # on average what is due
-        places = torch.randint(max(each.numel(), 1), (size,), generator=random).to(each.device)
+        extra = torch.rand((), generator=random, device="cpu").item()  # gives small layers their due on average
+        size = int(each.numel() * total ** (-1 / 3) + extra)
+        places = torch.randint(max(each.numel(), 1), (size,), generator=random, device="cpu").to(each.device)
         drawn.append(each.reshape(-1).index_select(0, places).to(dtype).cpu().numpy())
     sample = np.concatenate(drawn)
-    sample = np.append(abs(sample) if absolute else sample, np.float32([-math.inf, math.inf]))
+    sample = np.append(abs(sample) if absolute else sample, np.array([-math.inf, math.inf], np.float32))
     place = len(sample) * count / total
     margin = deviations * math.sqrt(place * (1 - count / total)) + deviations
     first, last = max(math.floor(place - margin), 0), min(math.ceil(place + margin), len(sample) - 1)

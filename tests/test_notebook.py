@@ -1,11 +1,11 @@
-"""The notebook runs in a clean kernel without a network, and what it has been committed with is what it shows then."""
+"""The notebook runs in a clean kernel without a network, and what it was committed with is what it shows then."""
 
+import copy
 import json
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import matplotlib.font_manager  # noqa: F401 - caches its fonts here: a kernel that has to do it says so on stderr
@@ -17,6 +17,7 @@ from nbformat import NotebookNode
 from traitlets.config import Config
 
 PATH = ROOT / "notebooks" / "prune_your_model.ipynb"
+FIGURES = 5
 OFFLINE = "--IPKernelApp.exec_lines=['import socket', 'socket.getaddrinfo = None']"  # looking up any host fails
 FACTS = """
 import json
@@ -30,13 +31,14 @@ print(json.dumps({
     "shrunk_error": (small(digits.test_images) - pruned_units(digits.test_images)).abs().max().item(),
     "bytes": [stored_bytes(each) for each in (model, small)],
     "network": accuracy(network),
-    "swept": {scope: [point[2:] for point in points] for scope, points in swept.items()},
+    "swept": {scope: {point.sparsity: point[2:] for point in points} for scope, points in swept.items()},
     "held": achieved_sparsity(pruned),
     "lamp_agrees": all(torch.equal(mask, lamp_masks[1][name]) for name, mask in lamp_masks[0].items()),
 }))
 """
 
-pytestmark = pytest.mark.filterwarnings("error")
+# Jupyter's packages are not always up to date with Python and with each other.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:(asyncio|jupyter|nbclient|nbformat|traitlets|zmq)")
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +48,8 @@ def committed() -> NotebookNode:
 
 @pytest.fixture(scope="module")
 def rerun(committed: NotebookNode, tmp_path_factory: pytest.TempPathFactory) -> NotebookNode:
-    """The notebook, executed anew with a cell of facts at its end; nothing is written."""
-    notebook = nbformat.v4.new_notebook(cells=[*map(nbformat.from_dict, json.loads(json.dumps(committed.cells)))])
+    """The notebook, executed anew with a cell of facts at its end; its file stays as it is."""
+    notebook = copy.deepcopy(committed)
     notebook.cells.append(nbformat.v4.new_code_cell(FACTS))
     client = NotebookClient(
         notebook,
@@ -55,13 +57,13 @@ def rerun(committed: NotebookNode, tmp_path_factory: pytest.TempPathFactory) -> 
         extra_arguments=[OFFLINE],
         coalesce_streams=True,
         resources={"metadata": {"path": str(PATH.parent)}},
-        # Without any folder to find kernels in, there is only that of this very Python.
-        config=Config({"KernelSpecManager": {"kernel_dirs": []}}),
+        config=Config({"KernelSpecManager": {"kernel_dirs": []}}),  # with none registered, this very Python is taken
     )
-    environment = {name: value for name, value in os.environ.items() if name not in ("MPLBACKEND", "PYTHONPATH")}
-    environment["IPYTHONDIR"] = str(tmp_path_factory.mktemp("ipython"))  # the settings of whoever runs this stay out
-    environment["TORCH_LOGS"] = "-torch.utils.cpp_extension"  # it warns of a CUDA toolkit on a machine without a GPU
-    client.execute(env=environment)
+    own = {
+        "IPYTHONDIR": str(tmp_path_factory.mktemp("ipython")),  # the user's own settings stay out
+        "TORCH_LOGS": "-torch.utils.cpp_extension",  # it warns of a CUDA toolkit on a machine without a GPU
+    }
+    client.execute(env=os.environ | own)
     return notebook
 
 
@@ -80,41 +82,39 @@ def shown(cell: NotebookNode) -> list[str]:
     return [re.sub(r"[\d.,\s]+", " ", output) for output in outputs]
 
 
-def test_runs_without_any_warning(rerun: NotebookNode) -> None:
-    assert [
-        output.text for cell in code_cells(rerun) for output in cell.outputs if output.get("name") == "stderr"
-    ] == []
+def test_runs_without_a_warning(rerun: NotebookNode) -> None:
+    outputs = [output for cell in code_cells(rerun) for output in cell.outputs]
+    assert [output.text for output in outputs if output.get("name") == "stderr"] == []
 
 
 def test_is_committed_as_it_runs(committed: NotebookNode, rerun: NotebookNode) -> None:
     cells = code_cells(committed)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-    for cell, again in zip(cells, code_cells(rerun), strict=False):
-        assert cell.outputs, f"shows nothing: {cell.source}"
+    for cell, again in zip(cells, code_cells(rerun)[:-1], strict=True):
+        assert cell.outputs, f"nothing is shown by\n{cell.source}"
         assert shown(cell) == shown(again)
+    assert sum("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs) == FIGURES
 
 
 def test_file_is_small_and_clean(committed: NotebookNode) -> None:
     text = PATH.read_text(encoding="utf-8")
     assert len(text) < 400_000
     assert str(ROOT) not in text
-    assert str(Path.home()) not in text.replace(str(ROOT), "")
     assert committed.metadata.kernelspec.name == "python3"
     assert not any(cell.metadata for cell in committed.cells)
 
 
-def test_starts_in_the_root_too(committed: NotebookNode) -> None:
+def test_starts_in_the_root_as_well(committed: NotebookNode) -> None:
     lines = code_cells(committed)[0].source.splitlines()
     plain = "\n".join(line for line in lines if not line.startswith("%"))
-    subprocess.run([sys.executable, "-c", plain], cwd=ROOT, check=True, env=os.environ | {"PYTHONPATH": ""})
+    subprocess.run([sys.executable, "-E", "-c", plain], cwd=ROOT, check=True)
 
 
-def test_first_part(facts: dict[str, Any]) -> None:
-    """The curves that the text speaks of: flat, then bent; and a shrunk network that is the same function."""
+def test_numbers_of_the_first_network(facts: dict[str, Any]) -> None:
     weight, unit = facts["weight"], facts["unit"]
     assert facts["model"] > 0.96
     assert all(abs(achieved - float(sparsity)) < 0.001 for sparsity, (achieved, _) in weight.items())
-    assert min(weight[sparsity][1] for sparsity in ("0.25", "0.5", "0.7")) > facts["model"] - 0.02
+    assert weight["0.7"][1] > facts["model"] - 0.02
     assert min(weight["0.9"][1], unit["0.5"]) > 0.9
     assert unit["0.9"] < weight["0.9"][1] - 0.1
     assert max(weight["0.99"][1], unit["0.99"]) < 0.8
@@ -123,12 +123,11 @@ def test_first_part(facts: dict[str, Any]) -> None:
     assert facts["bytes"][1] < 0.35 * facts["bytes"][0]
 
 
-def test_own_network(facts: dict[str, Any]) -> None:
-    """Global pruning does better here, fine-tuning helps both, zeros are held, and LAMP doesn't mind the scale."""
-    by_layer, overall = facts["swept"]["layer"], facts["swept"]["global"]  # at 60, 80, 90, 95, 98 %
+def test_numbers_of_the_own_network(facts: dict[str, Any]) -> None:
+    by_layer, overall = (facts["swept"][scope]["0.95"] for scope in ("layer", "global"))  # pruned, then fine-tuned
     assert facts["network"] > 0.96
-    assert overall[3][0] > by_layer[3][0] + 0.2
-    for pruned, tuned in (by_layer[3], overall[3]):
-        assert tuned > max(pruned, 0.88)
+    assert overall[0] > by_layer[0] + 0.2
+    assert by_layer[1] > max(by_layer[0] + 0.2, 0.85)
+    assert overall[1] > max(overall[0], 0.92)
     assert abs(facts["held"] - 0.95) < 0.001
     assert facts["lamp_agrees"]

@@ -276,6 +276,28 @@ def test_names_of_the_users_own_are_kept() -> None:
     assert list(prune.find_masks(nn.Linear(3, 3), "weight", 0.5, skip=())) == ["weight"]
 
 
+@pytest.mark.parametrize("method", list(prune.METHODS))
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_the_default_device_and_type_do_not_matter(method: str, scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prune, "SAMPLED", 100)
+    model = mlp(30, 20, 10)
+
+    def find() -> dict[str, Tensor]:
+        (point,) = prune.sweep(model, method, [0.5], lambda pruned: 0.0, scope=scope)
+        assert point.achieved == pytest.approx(0.5, abs=0.2)
+        generator = torch.Generator("cpu").manual_seed(1)
+        return prune.find_masks(model, method, 0.5, scope=scope, generator=generator)
+
+    expected = find()
+    torch.set_default_dtype(torch.float16)
+    try:
+        with torch.device("meta"):
+            masks = find()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(masks[name], expected[name]) for name in expected)
+
+
 # exactness, at random
 
 
