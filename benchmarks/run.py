@@ -162,7 +162,7 @@ def report(name: str, title: str, parts: Iterable[str]) -> None:
         title: heading of its section.
         parts: paragraphs and tables.
     """
-    command = "python " + " ".join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]])
+    command = " ".join(["python benchmarks/run.py", *sys.argv[1:]])
     head = f"## {title}\n\n`{command}` on {time.strftime('%Y-%m-%d')}: {machine()}"
     section = "\n\n".join([f"<!-- {name} -->", head, *parts, f"<!-- end of {name} -->"])
     print(section)
@@ -277,14 +277,14 @@ def train(options: argparse.Namespace) -> None:
     took = {name: Job(*map(statistics.median, zip(*runs, strict=True))) for name, runs in jobs.items()}
     rate = {name: statistics.median(one[name] for one in products) for name in PRECISIONS}
     parts = [
-        f"Whole processes, start-up included: {options.epochs} epochs and 26 points; medians of {options.rounds} rounds "
-        "in turns. The ordinary script is `benchmarks/ordinary.py` with the fastest number of loader workers. Tried, for "
-        f"an epoch and two points: {tried}.",
+        f"Whole processes, start-up included: {options.epochs} epochs, 26 points; medians of {options.rounds} turns. "
+        "The ordinary script is `benchmarks/ordinary.py` with the number of loader workers that was fastest in one epoch "
+        f"and two points: {tried}.",
         table([_job_row(name, jobs[name], took) for name in jobs]),
         f"Their parts beside the limit: FLOPs over the rate of a product of {SIDE} x {SIDE} matrices, "
         f"{rate['bf16'] / 1e9:,.0f} GFLOP/s in bf16 and {rate['fp32'] / 1e9:,.0f} in fp32 (medians before, between and "
-        f"after the jobs). An image takes 2 x (3 x {WEIGHTS:,} - 784,000) = {TRAINING:,} FLOPs to train on, as the first "
-        f"layer's inputs need no gradient, and 2 a weight, in fp32, to evaluate. The 26 networks that are swept have "
+        f"after the jobs). To train on an image takes 2 x (3 x {WEIGHTS:,} - 784,000) = {TRAINING:,} FLOPs, as the "
+        f"first layer's inputs need no gradient; to evaluate it, 2 a weight. The 26 networks that are swept have "
         f"{26 * WEIGHTS:,} weights; those that the main job evaluates keep {kept:,} of them.",
         table([row for name, job in took.items() for row in _part_rows(name, job, rate, options.epochs, kept)]),
         f"The training passes alone: an epoch of `Engine.train_epoch` with the main job's settings, and {REPEATS} "
@@ -348,7 +348,7 @@ def _part_rows(name: str, job: Job, rate: Mapping[str, float], epochs: int, kept
         (f"training in {'bf16' if native else 'fp32'}, evaluation in fp32", passes + evaluation, limit, job.trained),
         ("sweep in fp32", sweep, sweep / rate["fp32"], job.swept),
     ):
-        row = {"job": name, "part": part, "FLOPs": f"{operations:.3g}", "limit": f"{least:.2f} s"}
+        row: dict[str, object] = {"job": name, "part": part, "FLOPs": f"{operations:.3g}", "limit": f"{least:.2f} s"}
         yield row | {"took": f"{seconds:.1f} s", "share of the limit": f"{least / seconds:.0%}"}
 
 
@@ -427,12 +427,12 @@ def inference(options: argparse.Namespace) -> None:
     took = {size: _latencies(networks, images[:size], options) for size in (256, 1)}
     held = {name: networks[name] for name in ("dense", "unit 50 %: shrunk", "unit 80 %: shrunk")}
     parts = [
-        f"On the CPU in fp32, of {origin}. Medians of {options.rounds} rounds in turns, each the median of "
-        f"{options.seconds:g} s of calls. torch-pruning: `MagnitudePruner`, L2, local, the output layer ignored. Logits "
-        f"differ from those of the pruned network by at most {max(errors):.0e} of the largest.",
+        f"On the CPU in fp32, of {origin}. Medians of {options.rounds} turns, each the median of {options.seconds:g} s "
+        "of calls. torch-pruning: `MagnitudePruner`, L2, local, the output layer ignored. Logits of the shrunk and the "
+        f"sparse networks differ from those of the pruned ones by at most {max(errors):.0e} of the largest.",
         table([_latency_row(name, network, took) for name, network in networks.items()]),
-        f"Peak memory of making a network and running {len(images)} images through it, median of {options.rounds} fresh "
-        "processes.",
+        f"Peak memory of making a network and running {len(images)} images through it; median of {options.rounds} "
+        "fresh processes.",
         table([_memory_row(name, network, options.rounds) for name, network in held.items()]),
     ]
     report("inference", "Inference: shrunk and sparse networks", parts)
@@ -474,10 +474,8 @@ def _latency_row(name: str, network: nn.Module, took: Mapping[int, Mapping[str, 
     weights = sum(int(weight.to_dense().count_nonzero()) for weight in network.state_dict().values())
     row: dict[str, object] = {"network": name, "weights": f"{weights:,}"}
     for size, times in took.items():
-        row |= {
-            f"batch {size}": times[name],
-            f"faster at {size}": f"{times['dense'].median / times[name].median:.3g} x",
-        }
+        faster = times["dense"].median / times[name].median
+        row |= {f"batch {size}": times[name], f"faster at {size}": f"{faster:.3g} x"}
     return row
 
 
@@ -495,23 +493,23 @@ def _pass(sizes: Sequence[int]) -> Callable[[], object]:
 
 def scaling(options: argparse.Namespace) -> None:
     """How time and memory grow with the weights, the images and the number of k."""
-    weights = {2**exponent: (2**exponent,) for exponent in (16, 18, 20, 22, 24)}
+    weights = {2**exponent: (2**exponent,) for exponent in (18, 20, 22, 24, 26)}
     networks = {sum(map(math.prod, pairwise(_widths(width)))): width for width in (125, 250, 500, 1000, 2000)}
-    images = (1024, 2048, 4096, 8192, 16384)
+    images = (512, 1024, 2048, 4096, 8192)
     rows = [
         _growth_row("weight_mask", "weights", _layer_masks, weights, options),
         _growth_row("find_masks, global", "weights", _global_masks, weights, options),
-        _growth_row("training epoch", "weights", _epoch, {n: (width, 4096) for n, width in networks.items()}, options),
+        _growth_row("training epoch", "weights", _epoch, {n: (width, 2048) for n, width in networks.items()}, options),
         _growth_row("training epoch", "images", _epoch, {n: (1000, n) for n in images}, options),
-        _growth_row("sweep", "weights", _sweep, {n: (width, 4096, 6) for n, width in networks.items()}, options),
-        _growth_row("sweep", "images", _sweep, {n: (1000, n, 6) for n in images}, options),
-        _growth_row("sweep", "number of k", _sweep, {n: (1000, 4096, n) for n in (3, 6, 12, 24, 48)}, options),
+        _growth_row("sweep", "weights", _sweep, {n: (width, 2048, 4) for n, width in networks.items()}, options),
+        _growth_row("sweep", "images", _sweep, {n: (1000, n, 4) for n in images}, options),
+        _growth_row("sweep", "number of k", _sweep, {n: (1000, 2048, n) for n in (2, 4, 8, 16, 32)}, options),
     ]
     parts = [
         f"At up to {options.sizes} sizes a row, in turns, on the CPU with random weights and images: medians at the "
         "smallest and the largest, and the exponent fitted to all; what costs the same at any size makes it smaller. "
         "Memory: the peak of a fresh process over what it held before, the weights and images included. Unless they "
-        "grow: 4,096 images, 2,386,000 weights (the network's widths keep their proportions), 6 k, both methods.",
+        "grow: 2,048 images, 2,386,000 weights (the network's widths keep their proportions), 4 k, both methods.",
         table(rows),
     ]
     report("scaling", "Scaling: how time and memory grow", parts)
@@ -524,10 +522,12 @@ def _growth_row(
     """One row: `cases` are sizes and the arguments with which `make` returns the call to measure at that size."""
     sizes = list(cases)[: options.sizes]
     calls = {str(size): make(*cases[size]) for size in sizes}
-    took = alternate({name: partial(_call, call) for name, call in calls.items()}, seconds=options.seconds)
+    took = alternate(
+        {name: partial(_call, call) for name, call in calls.items()}, seconds=options.seconds, rounds=(2, 25)
+    )
     calls.clear()
     times = [took[str(size)].median for size in sizes]
-    peaks = [peak_memory(_made_and_called, make, cases[sizes[0]], cases[size]) / MIB for size in sizes]
+    peaks = [peak_memory(_made_and_called, make, cases[size]) / MIB for size in sizes]
     row: dict[str, object] = {"task": task, "grows with": variable, "from": f"{sizes[0]:,}", "to": f"{sizes[-1]:,}"}
     row |= {"time": f"{times[0] * 1e3:,.3g} to {times[-1] * 1e3:,.3g} ms", "exponent": _exponent(sizes, times)}
     return row | {"memory": f"{peaks[0]:.1f} to {peaks[-1]:.1f} MiB", "its exponent": _exponent(sizes, peaks)}
@@ -541,10 +541,8 @@ def _call(call: Callable[[], object], _: object) -> object:
     return call()
 
 
-def _made_and_called(
-    make: Callable[..., Callable[[], object]], small: Sequence[int], case: Sequence[int]
-) -> Callable[[], object]:
-    make(*small)()  # what torch loads at its first use doesn't count
+def _made_and_called(make: Callable[..., Callable[[], object]], case: Sequence[int]) -> Callable[[], object]:
+    make()()  # a tiny case: what torch loads at its first use doesn't count
     return lambda: make(*case)()
 
 
@@ -552,12 +550,12 @@ def _widths(width: int) -> tuple[int, ...]:
     return 784, width, width, width // 2, width // 5, 10
 
 
-def _layer_masks(count: int) -> Callable[[], object]:
+def _layer_masks(count: int = 2**10) -> Callable[[], object]:
     weight = torch.randn(256, count // 256)
     return lambda: prune.weight_mask(weight, 0.8)
 
 
-def _global_masks(count: int) -> Callable[[], object]:
+def _global_masks(count: int = 2**12) -> Callable[[], object]:
     model = nn.Sequential(*(nn.Linear(256, count // 1024, bias=False) for _ in range(4)))
     return lambda: prune.find_masks(model, "weight", 0.8, scope="global", skip=())
 
@@ -567,19 +565,19 @@ def _random_images(count: int) -> Dataset:
     return Dataset("random", images, labels, images, labels)
 
 
-def _epoch(width: int, images: int) -> Callable[[], object]:
+def _epoch(width: int = 125, images: int = 64) -> Callable[[], object]:
     precision = pick_precision("auto", torch.device("cpu"))
     return partial(_trainer(precision, _random_images(images), _widths(width)), None)
 
 
-def _sweep(width: int, images: int, count: int) -> Callable[[], object]:
+def _sweep(width: int = 125, images: int = 64, count: int = 2) -> Callable[[], object]:
     model, data = NeuralNetwork(_widths(width)), _random_images(images)
     batches = Batches(data.test_images, data.test_labels, 2000)
 
     def score(pruned: nn.Module) -> float:
         return Engine(compress.to_sparse(compress.shrink(pruned))).evaluate(batches)
 
-    sparsities = np.linspace(0, 0.99, count).tolist()
+    sparsities = np.linspace(0, 0.95, count).tolist()
     return lambda: [prune.sweep(model, method, sparsities, score) for method in ("weight", "unit")]
 
 

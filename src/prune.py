@@ -552,7 +552,7 @@ def _threshold(scores: Sequence[Tensor], count: int, dtype: torch.dtype, absolut
 
     Source: Floyd and Rivest, "Expected Time Bounds for Selection" (1975).
     """
-    for deviations in (3, 30, math.inf):
+    for deviations in (2.5, 10, math.inf):
         low, high = _range(scores, count, deviations, dtype, absolute)
         below, at_low, within, between = 0, 0, 0, []
         for each in scores:

@@ -343,7 +343,7 @@ def plot_cost_sparsity(rows: Sequence[CostRow], title: str) -> "Figure":
             panel.set_title(f"sparse kernels pay from {k_pays:g} %", fontsize=9, color=COLORS["weight"])
         else:
             panel.set_title("sparse kernels do not pay", fontsize=9, color=COLORS["weight"])
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(f"{title}\nlatency: median, bars between the quartiles; dotted: each form by itself", fontsize=10)
     figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     return figure
 
@@ -351,8 +351,8 @@ def plot_cost_sparsity(rows: Sequence[CostRow], title: str) -> "Figure":
 def _draw_latency(axes: "Axes", rows: Sequence[CostRow]) -> None:
     """One method's latency: the fastest form at every k thick, with bars between the quartiles; each form thin."""
     color = COLORS[rows[0].method]
-    dense = next((row for row in rows if row.k_percent == 0), rows[0]).latency_ms
-    axes.axhline(dense, color="0.6", linewidth=0.8, zorder=0)
+    if rows[0].form == "dense":
+        axes.axhline(rows[0].latency_ms, color="0.6", linewidth=0.8, zorder=0)
     for form in dict.fromkeys(row.form for row in rows):
         points = [row for row in rows if row.form == form]
         axes.plot([row.k_percent for row in points], [row.latency_ms for row in points], ":", color=color, linewidth=1)
@@ -362,6 +362,6 @@ def _draw_latency(axes: "Axes", rows: Sequence[CostRow]) -> None:
     ]
     axes.errorbar(
         [row.k_percent for row in best], [row.latency_ms for row in best],
-        yerr=[row.latency_iqr_ms / 2 for row in best], color=color, marker="o" if rows[0].method == "weight" else "s",
+        yerr=[min(row.latency_iqr_ms / 2, 0.9 * row.latency_ms) for row in best],  # the axis has no zero color=color, marker="o" if rows[0].method == "weight" else "s",
         markersize=4, linewidth=1.8, capsize=2,
     )  # fmt: skip

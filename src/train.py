@@ -35,6 +35,7 @@ from results import CostRow, Row
 
 EVALUATION_BATCH = 2000  # images
 COST_BATCHES = (1, 256)  # images
+COST_ROUNDS = 5
 UNFINISHED = ".unfinished"  # folder below the plots
 
 
@@ -279,19 +280,30 @@ def _keep(job: Run, model: nn.Module, method: str, k: float) -> None:
     compress.save_compressed(small, path, info)
 
 
-def _measure_costs(job: Run, model: nn.Module, row: Row) -> Iterator[CostRow]:
-    """What the network of one row costs, in each form that suits it, at each batch size."""
+def _measure_costs(job: Run, model: nn.Module, rows: Sequence[Row]) -> list[CostRow]:
+    """What the network of every row costs, in each form that suits it, at each batch size."""
+    from torch.utils.benchmark import Measurement  # its import takes its time, and warns where CUDA is half installed
+
     config = job.config
-    pruned = prune.prune_model(model, row.method, row.k_percent / 100, scope=config.scope, skip=config.skip)
-    small = compress.shrink(pruned)
-    size = compress.stored_bytes(small)
-    forms = {"shrunk": small} if row.method == "unit" else {"dense": pruned, "sparse": compress.to_sparse(small)}
-    for batch_size in COST_BATCHES:
-        batch = job.dataset.test_images[:batch_size]
-        for form, network in forms.items():
-            taken = compress.latency(network, batch)
-            cost = (form, size, batch_size, 1e3 * taken.median, 1e3 * taken.iqr)
-            yield CostRow(row.method, row.k_percent, row.accuracy_percent, *cost)
+    measured: list[tuple[Row, str, int, int, nn.Module, list[Any]]] = []
+    for row in rows:
+        pruned = prune.prune_model(model, row.method, row.k_percent / 100, scope=config.scope, skip=config.skip)
+        small = compress.shrink(pruned)
+        sparse = compress.to_sparse(small)
+        forms: dict[str, nn.Module] = {"shrunk": small} if row.method == "unit" else {"dense": pruned}
+        if row.method == "weight" and any(weight.layout is torch.sparse_csr for weight in sparse.buffers()):
+            forms["sparse"] = sparse
+        size = compress.stored_bytes(small)
+        measured += [(row, form, size, batch, network, []) for form, network in forms.items() for batch in COST_BATCHES]
+    for _ in range(COST_ROUNDS):  # all in turns, so that what else the machine does hits all of them
+        for *_, batch, network, taken in measured:
+            taken.append(compress.latency(network, job.dataset.test_images[:batch], min_run_time=0.1))
+    costs = []
+    for row, form, size, batch, _, taken in measured:
+        (time_taken,) = Measurement.merge(taken)
+        latency = (1e3 * time_taken.median, 1e3 * time_taken.iqr)
+        costs.append(CostRow(row.method, row.k_percent, row.accuracy_percent, form, size, batch, *latency))
+    return costs
 
 
 # ── results ──
@@ -312,9 +324,9 @@ def _report_costs(job: Run, model: nn.Module, rows: list[Row]) -> None:
     """Measure what every pruned network costs; write and draw it."""
     say("measuring file sizes and latencies ...")
     plain = [row for row in rows if row.method in ("weight", "unit")]
-    costs = [cost for row in plain for cost in _measure_costs(job, model, row)]
+    costs = _measure_costs(job, model, plain)
     hardware, threads = utils.versions(job.device)["hardware"], torch.get_num_threads()
-    title = f"{_title(job)}, one network (seed {job.config.seed}) on {hardware}, {threads} threads; bars: quartiles"
+    title = f"{_title(job)}, one network (seed {job.config.seed}) on {hardware}, {threads} threads"
     results.write_csv(_plot_path(job, "cost_sparsity.csv"), costs)
     results.save_figure(_plot_path(job, "cost_sparsity.png"), results.plot_cost_sparsity(costs, title))
     for batch_size in COST_BATCHES:

@@ -6,6 +6,7 @@ import pickle
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
@@ -325,16 +326,17 @@ def models(draw: st.DrawFn) -> nn.Module:
     sparsity=st.one_of(st.floats(0, 1), st.sampled_from([0, 0.5, 1])),
     more=st.floats(0, 1),
     seed=st.integers(0, 100),
+    sampled=st.sampled_from([8, prune.SAMPLED]),
 )
 def test_counts_supersets_and_an_untouched_model(
-    model: nn.Module, method: str, scope: str, spare: bool, sparsity: float, more: float, seed: int
+    model: nn.Module, method: str, scope: str, spare: bool, sparsity: float, more: float, seed: int, sampled: int
 ) -> None:
     before = state(model)
     skip = None if spare else ()
 
     def find(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
-        with warnings.catch_warnings(action="ignore", category=UserWarning):
+        with mock.patch.object(prune, "SAMPLED", sampled), warnings.catch_warnings(action="ignore"):
             masks = prune.find_masks(model, method, sparsity, scope=scope, skip=skip, generator=generator)
         return {name: mask for name, mask in masks.items() if name.endswith("weight")}
 
