@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -278,8 +277,8 @@ def train(options: argparse.Namespace) -> None:
     rate = {name: statistics.median(one[name] for one in products) for name in PRECISIONS}
     parts = [
         f"Whole processes, start-up included: {options.epochs} epochs, 26 points; medians of {options.rounds} turns. "
-        "The ordinary script is `benchmarks/ordinary.py` with the number of loader workers that was fastest in one epoch "
-        f"and two points: {tried}.",
+        "The ordinary script is `benchmarks/ordinary.py` with the number of loader workers fastest in one epoch and "
+        f"two points: {tried}.",
         table([_job_row(name, jobs[name], took) for name in jobs]),
         f"Their parts beside the limit: FLOPs over the rate of a product of {SIDE} x {SIDE} matrices, "
         f"{rate['bf16'] / 1e9:,.0f} GFLOP/s in bf16 and {rate['fp32'] / 1e9:,.0f} in fp32 (medians before, between and "
@@ -363,7 +362,7 @@ def _time_products(dataset: Dataset) -> dict[str, float]:
     return {name: PRODUCTS / took.median for name, took in alternate(sides, rounds=(3, 3)).items()}
 
 
-def _trainer(precision: torch.dtype, dataset: Dataset, sizes: Sequence[int] = SIZES) -> Callable[[Any], object]:
+def _trainer(precision: torch.dtype, dataset: Dataset, sizes: Sequence[int] = SIZES) -> Callable[..., object]:
     """Each call trains one more epoch as the main job does."""
     settings = Config()
     model = NeuralNetwork(sizes).to(dataset.train_images.device)
@@ -372,7 +371,7 @@ def _trainer(precision: torch.dtype, dataset: Dataset, sizes: Sequence[int] = SI
     optimizer = torch.optim.Adam(model.parameters(), lr=rate, weight_decay=decay, fused=True)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=100 * len(batches))
     engine = Engine(model, optimizer, scheduler=scheduler, precision=precision, label_smoothing=smoothing)
-    return lambda _: engine.train_epoch(batches)
+    return lambda *_: engine.train_epoch(batches)
 
 
 def _epoch_rows(dataset: Dataset, rounds: int) -> list[dict[str, object]]:
@@ -516,15 +515,13 @@ def scaling(options: argparse.Namespace) -> None:
 
 
 def _growth_row(
-    task: str, variable: str, make: Callable[..., Callable[[], object]], cases: Mapping[int, tuple[int, ...]],
+    task: str, variable: str, make: Callable[..., Callable[..., object]], cases: Mapping[int, tuple[int, ...]],
     options: argparse.Namespace,
 ) -> dict[str, object]:  # fmt: skip
     """One row: `cases` are sizes and the arguments with which `make` returns the call to measure at that size."""
     sizes = list(cases)[: options.sizes]
     calls = {str(size): make(*cases[size]) for size in sizes}
-    took = alternate(
-        {name: partial(_call, call) for name, call in calls.items()}, seconds=options.seconds, rounds=(2, 25)
-    )
+    took = alternate(calls, seconds=options.seconds, rounds=(2, 25))
     calls.clear()
     times = [took[str(size)].median for size in sizes]
     peaks = [peak_memory(_made_and_called, make, cases[size]) / MIB for size in sizes]
@@ -537,11 +534,7 @@ def _exponent(sizes: Sequence[int], values: Sequence[float]) -> str:
     return f"{np.polyfit(np.log(sizes), np.log(values), 1)[0]:.2f}"
 
 
-def _call(call: Callable[[], object], _: object) -> object:
-    return call()
-
-
-def _made_and_called(make: Callable[..., Callable[[], object]], case: Sequence[int]) -> Callable[[], object]:
+def _made_and_called(make: Callable[..., Callable[..., object]], case: Sequence[int]) -> Callable[[], object]:
     make()()  # a tiny case: what torch loads at its first use doesn't count
     return lambda: make(*case)()
 
@@ -550,14 +543,14 @@ def _widths(width: int) -> tuple[int, ...]:
     return 784, width, width, width // 2, width // 5, 10
 
 
-def _layer_masks(count: int = 2**10) -> Callable[[], object]:
+def _layer_masks(count: int = 2**10) -> Callable[..., object]:
     weight = torch.randn(256, count // 256)
-    return lambda: prune.weight_mask(weight, 0.8)
+    return lambda *_: prune.weight_mask(weight, 0.8)
 
 
-def _global_masks(count: int = 2**12) -> Callable[[], object]:
+def _global_masks(count: int = 2**12) -> Callable[..., object]:
     model = nn.Sequential(*(nn.Linear(256, count // 1024, bias=False) for _ in range(4)))
-    return lambda: prune.find_masks(model, "weight", 0.8, scope="global", skip=())
+    return lambda *_: prune.find_masks(model, "weight", 0.8, scope="global", skip=())
 
 
 def _random_images(count: int) -> Dataset:
@@ -565,12 +558,12 @@ def _random_images(count: int) -> Dataset:
     return Dataset("random", images, labels, images, labels)
 
 
-def _epoch(width: int = 125, images: int = 64) -> Callable[[], object]:
+def _epoch(width: int = 125, images: int = 64) -> Callable[..., object]:
     precision = pick_precision("auto", torch.device("cpu"))
-    return partial(_trainer(precision, _random_images(images), _widths(width)), None)
+    return _trainer(precision, _random_images(images), _widths(width))
 
 
-def _sweep(width: int = 125, images: int = 64, count: int = 2) -> Callable[[], object]:
+def _sweep(width: int = 125, images: int = 64, count: int = 2) -> Callable[..., object]:
     model, data = NeuralNetwork(_widths(width)), _random_images(images)
     batches = Batches(data.test_images, data.test_labels, 2000)
 
@@ -578,7 +571,7 @@ def _sweep(width: int = 125, images: int = 64, count: int = 2) -> Callable[[], o
         return Engine(compress.to_sparse(compress.shrink(pruned))).evaluate(batches)
 
     sparsities = np.linspace(0, 0.95, count).tolist()
-    return lambda: [prune.sweep(model, method, sparsities, score) for method in ("weight", "unit")]
+    return lambda *_: [prune.sweep(model, method, sparsities, score) for method in ("weight", "unit")]
 
 
 def main() -> None:

@@ -360,8 +360,7 @@ def _draw_latency(axes: "Axes", rows: Sequence[CostRow]) -> None:
         min((row for row in rows if row.k_percent == k), key=lambda row: row.latency_ms)
         for k in dict.fromkeys(row.k_percent for row in rows)
     ]
-    axes.errorbar(
-        [row.k_percent for row in best], [row.latency_ms for row in best],
-        yerr=[min(row.latency_iqr_ms / 2, 0.9 * row.latency_ms) for row in best],  # the axis has no zero color=color, marker="o" if rows[0].method == "weight" else "s",
-        markersize=4, linewidth=1.8, capsize=2,
-    )  # fmt: skip
+    bars = [min(row.latency_iqr_ms / 2, 0.9 * row.latency_ms) for row in best]  # a logarithmic axis has no zero
+    marker = "o" if rows[0].method == "weight" else "s"
+    k, latency = [row.k_percent for row in best], [row.latency_ms for row in best]
+    axes.errorbar(k, latency, bars, color=color, marker=marker, markersize=4, linewidth=1.8, capsize=2)

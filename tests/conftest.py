@@ -13,7 +13,7 @@ MNIST = ROOT / "inputs" / "MNIST" / "raw"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=2, help="how often to kill a run at a random moment (default: 2)")
+    parser.addoption("--kills", type=int, default=1, help="how often to kill a run at a random moment (default: 1)")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -119,22 +119,24 @@ def test_held_out_results_bear_their_name(tmp_path, capsys):
     assert "held-out_percent" in json.loads((tmp_path / "models/digits_holdout_model.json").read_text())["accuracy"]
 
 
+@pytest.mark.filterwarnings("ignore:pruning leaves nothing")  # of a layer that globally counts for little
 def test_every_way_to_prune(tmp_path, capsys):
     flags = ["--random-baseline", "--scope", "global", "--finetune-epochs", "1", "--skip", "fc5", "--unit-lasso", ".1"]
-    assert run_digits(tmp_path, *QUICK, *flags) == 0
+    assert run_digits(tmp_path, "--epochs", "2", "--k", "50", "70", *flags) == 0
     rows = read_rows(tmp_path)
     assert [row["method"] for row in rows[::3]] == ["weight", "unit", "random_weight", "random_unit"]
     accuracy = {(row["method"], row["k_percent"]): float(row["accuracy_percent"]) for row in rows}
     finetuned = {(row["method"], row["k_percent"]): float(row["finetuned_percent"]) for row in rows}
-    assert accuracy["random_weight", "90"] < accuracy["weight", "90"]
-    assert finetuned["weight", "90"] > accuracy["weight", "90"]
-    assert finetuned["unit", "90"] > accuracy["unit", "90"]
+    assert accuracy["random_weight", "70"] < accuracy["weight", "70"]
+    assert finetuned["weight", "70"] > accuracy["weight", "70"]
+    assert finetuned["unit", "70"] > accuracy["unit", "70"]
     for row in rows:
         assert row["scope"] == "global"
     assert "units, fine-tuned: " in capsys.readouterr().out
 
 
-def test_costs_and_kept_networks(tmp_path, capsys):
+def test_costs_and_kept_networks(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "COST_ROUNDS", 1)
     assert run_digits(tmp_path, *QUICK, "--costs", "--keep", "weight:90", "--keep", "unit:60") == 0
     costs = read_rows(tmp_path, "digits_cost_sparsity.csv")
     assert {(row["method"], row["form"]) for row in costs} == {

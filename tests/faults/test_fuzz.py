@@ -38,28 +38,25 @@ OTHERS = [
 ]
 
 
-def tensors() -> list[torch.Tensor]:
-    return [
-        torch.randn(4, 3), torch.randn(0, 3), torch.tensor(1.0), torch.full((2, 2), torch.nan), torch.ones(3, 4).t(),
-        torch.ones(4, 3, dtype=torch.int64), torch.randn(4, 3).bfloat16(), torch.randn(2, 3, dtype=torch.complex64),
-        torch.rand(4, 3) > 0.5, torch.eye(3).to_sparse(), torch.empty(2, 2, device="meta"), torch.randn(5, 784),
-    ]  # fmt: skip
+TENSORS = [
+    torch.randn(4, 3), torch.randn(0, 3), torch.tensor(1.0), torch.full((2, 2), torch.nan), torch.ones(3, 4).t(),
+    torch.ones(4, 3, dtype=torch.int64), torch.randn(4, 3).bfloat16(), torch.randn(2, 3, dtype=torch.complex64),
+    torch.rand(4, 3) > 0.5, torch.eye(3).to_sparse(), torch.empty(2, 2, device="meta"), torch.randn(5, 784),
+]  # fmt: skip
 
 
-def models() -> list[nn.Module]:
-    return [
-        NeuralNetwork((4, 3, 2)), nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), nn.Linear(3, 2),
-        nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 2)), nn.Identity(),
-        nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)), nn.Sequential(nn.Linear(3, 3).double(), nn.Linear(3, 2)),
-    ]  # fmt: skip
+MODELS = [
+    NeuralNetwork((4, 3, 2)), nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), nn.Linear(3, 2),
+    nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 2)), nn.Identity(),
+    nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)), nn.Sequential(nn.Linear(3, 3).double(), nn.Linear(3, 2)),
+]  # fmt: skip
 
 
-def masks() -> list[dict[str, Any]]:
-    return [
-        {"fc1.weight": torch.rand(3, 4) > 0.5}, {"fc1.weight": torch.ones(2, 2, dtype=torch.bool)},
-        {"0.weight": torch.rand(4, 3) > 0.5, "0.bias": torch.zeros(4)}, {"fc1.weight": None}, {3: torch.ones(3) > 0},
-        {"0.weight": torch.rand(4, 3) > 0.5, "nowhere.weight": torch.rand(4, 3) > 0.5},
-    ]  # fmt: skip
+MASKS: list[dict[Any, Any]] = [
+    {"fc1.weight": torch.rand(3, 4) > 0.5}, {"fc1.weight": torch.ones(2, 2, dtype=torch.bool)},
+    {"0.weight": torch.rand(4, 3) > 0.5, "0.bias": torch.zeros(4)}, {"fc1.weight": None}, {3: torch.ones(3) > 0},
+    {"0.weight": torch.rand(4, 3) > 0.5, "nowhere.weight": torch.rand(4, 3) > 0.5},
+]  # fmt: skip
 
 
 FUNCTIONS: list[Callable[..., Any]] = [
@@ -71,21 +68,20 @@ FUNCTIONS: list[Callable[..., Any]] = [
 PARAMETERS = {function: list(inspect.signature(function).parameters.values()) for function in FUNCTIONS}
 
 
+EVERYTHING = [*SCALARS, *OTHERS, *TENSORS, *MODELS, *MASKS]
+
+
 def likely(draw: st.DrawFn, name: str) -> Any:
     """An argument that is of the right kind more often than not, so that the calls get past the first check."""
-    makers = {"model": models, "weight": tensors, "masks": masks}
-    pool = (
-        makers[name]()
-        if name in makers and draw(st.integers(0, 3))
-        else [*SCALARS, *OTHERS, *tensors(), *models(), *masks()]
-    )
+    pools: dict[str, list[Any]] = {"model": MODELS, "weight": TENSORS, "masks": MASKS}
+    pool = pools[name] if name in pools and draw(st.integers(0, 3)) else EVERYTHING
     if name == "score":
         pool = [lambda model: 1.0, lambda model: None, 3]
     if name in ("sparsity", "sparsities") and draw(st.booleans()):
         pool = [0.0, 0.3, 1.0] if name == "sparsity" else [[0.0, 0.5], [1.0], []]
     if name == "method" and draw(st.booleans()):
         pool = list(prune.METHODS)
-    return draw(st.sampled_from(pool))
+    return copy.deepcopy(pool[draw(st.integers(0, len(pool) - 1))])
 
 
 def frozen(value: Any) -> Any:
