@@ -46,7 +46,7 @@ MIB, GIB = 2**20, 2**30
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 WEIGHTS = 2_386_000  # of the network
 TRAINING = 2 * (3 * WEIGHTS - 784_000)  # FLOPs an image
-SIDE, REPEATS = 2048, 20  # of the matrix products that give the limit
+SIDE, REPEATS = 2048, 5  # of the matrix products that give the limit
 PRODUCTS = REPEATS * 2 * SIDE**3  # FLOPs
 
 
@@ -359,7 +359,7 @@ def _product(precision: torch.dtype, device: torch.device) -> Callable[[Any], ob
 def _time_products(dataset: Dataset) -> dict[str, float]:
     """FLOPs a second in each precision."""
     sides = {name: _product(precision, dataset.train_images.device) for name, precision in PRECISIONS.items()}
-    return {name: PRODUCTS / took.median for name, took in alternate(sides, rounds=(3, 3)).items()}
+    return {name: PRODUCTS / took.median for name, took in alternate(sides, rounds=(5, 5)).items()}
 
 
 def _trainer(precision: torch.dtype, dataset: Dataset, sizes: Sequence[int] = SIZES) -> Callable[..., object]:

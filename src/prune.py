@@ -105,9 +105,7 @@ def weight_mask(weight: Tensor, sparsity: float) -> Tensor:
         tensor([[ True, False],
                 [ True, False]])
     """
-    weight = _dense("weight", weight)
-    _check_finite("weight", weight, weight)
-    return _select([weight], _checked_sparsity(sparsity), absolute=True)[0]
+    return _select([_Scores("weight", _dense("weight", weight), absolute=True)], _checked_sparsity(sparsity))[0]
 
 
 def unit_mask(weight: Tensor, sparsity: float, dim: int = 0) -> Tensor:
@@ -138,8 +136,8 @@ def unit_mask(weight: Tensor, sparsity: float, dim: int = 0) -> Tensor:
         raise ValueError(f"dim must be one of weight's {weight.dim()} dimensions, got {dim}")
     units_first = weight.transpose(0, dim)
     norm = _norm(units_first)
-    _check_finite("weight", weight, norm)
-    (keep,) = _select([norm], _checked_sparsity(sparsity))
+    _check_finite("weight", weight, norm.sum())
+    (keep,) = _select([_Scores("weight", norm)], _checked_sparsity(sparsity))
     return _expanded(keep, units_first).transpose(0, dim).contiguous()
 
 
@@ -188,13 +186,10 @@ def find_masks(
     if scope not in ("layer", "global"):
         raise ValueError(f"unknown scope {scope!r}: expected layer or global")
     weights = _weights(model, skip)
-    for weight in weights:
-        _check_finite(weight.name, weight.tensor, weight.tensor)
-    score = METHODS[method]
     with _seeded(generator, weights):
-        scores = (_scored(weight, score) for weight in weights)
-        groups = [list(scores)] if scope == "global" else ([each] for each in scores)
-        keeps = [keep for group in groups for keep in _select(group, sparsity, absolute=score is torch.abs)]
+        groups = [weights] if scope == "global" else [[weight] for weight in weights]
+        scores = ([_scored(weight, METHODS[method]) for weight in group] for group in groups)
+        keeps = [keep for group in scores for keep in _select(group, sparsity)]
     masks: dict[str, Tensor] = {}
     empty = []
     for weight, keep in zip(weights, keeps, strict=True):
@@ -363,10 +358,9 @@ def _dense(name: str, tensor: Any) -> Tensor:
     return tensor.detach()
 
 
-def _check_finite(name: str, weight: Tensor, sums: Tensor) -> None:
-    """Raise if a weight is NaN or infinite; then so are the weights' `sums`, which take less time to look at."""
-    # Sums may overflow for finite weights, too, so that isfinite has the last word. It takes ten times as long.
-    if not math.isfinite(sums.sum(dtype=_widest(sums)).item()) and not weight.isfinite().all():
+def _check_finite(name: str, weight: Tensor, sign: Any) -> None:
+    """Raise if a weight is NaN or infinite; then so is the `sign`, though it may be so for large weights, too."""
+    if not math.isfinite(sign) and not weight.isfinite().all():
         raise ValueError(f"{name} must be finite, but has NaN or infinite weights")
 
 
@@ -476,13 +470,49 @@ def _seeded(generator: torch.Generator | None, weights: Iterable[_Weight]) -> It
         yield
 
 
-def _scored(weight: _Weight, score: Callable[[Tensor], Tensor]) -> Tensor:
-    """Scores of a weight, or for magnitudes the weight itself."""
+class _Scores(NamedTuple):
+    """What a weight, or its units, are ranked by."""
+
+    name: str
+    tensor: Tensor
+    absolute: bool = False  # the tensor is the weight itself, and its magnitudes are the scores
+
+    def array(self, dtype: torch.dtype, places: Tensor | None = None) -> np.ndarray:
+        """The scores at these places, or all of them."""
+        flat = self.tensor.reshape(-1)
+        flat = flat if places is None else flat.index_select(0, places.to(flat.device))
+        array = flat.to(dtype).cpu().numpy()
+        return abs(array) if self.absolute else array
+
+    def check(self, largest: Any) -> None:
+        """Raise if the largest of some magnitudes shows that there are others than finite ones."""
+        if self.absolute and not math.isfinite(largest):
+            _check_finite(self.name, self.tensor, largest)
+
+    def library(self) -> Any:
+        """What ranks faster where the scores are."""
+        return np if self.tensor.device.type in NUMPY else torch
+
+    def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Any]]:
+        """Each block's place and scores, the last first. Magnitudes are overwritten by those of the next block."""
+        flat, library = self.tensor.reshape(-1), self.library()
+        step = BLOCK[library]
+        magnitudes: Any = torch.empty(min(step, len(flat)), dtype=dtype, device=flat.device)
+        for start in reversed(range(0, len(flat), step)):
+            where = slice(start, start + step)
+            block: Any = flat[where].to(dtype)
+            if library is np:
+                block, magnitudes = block.numpy(), np.asarray(magnitudes)
+            yield where, library.abs(block, out=magnitudes[: len(block)]) if self.absolute else block
+
+
+def _scored(weight: _Weight, score: Callable[[Tensor], Tensor]) -> _Scores:
     tensor = weight.turned(weight.tensor)
+    if score is torch.abs:
+        return _Scores(weight.name, tensor, absolute=True)
     if weight.tensor.grad is not None:
         tensor.grad = weight.turned(weight.tensor.grad)
-    if score is torch.abs:
-        return tensor
+    _check_finite(weight.name, tensor, tensor.sum(dtype=_widest(tensor)))
     scores = score(tensor)
     if not isinstance(scores, Tensor) or not scores.is_floating_point():
         raise TypeError(f"the scores of {weight.name} must be a floating-point tensor, got {scores!r:.80}")
@@ -491,60 +521,42 @@ def _scored(weight: _Weight, score: Callable[[Tensor], Tensor]) -> Tensor:
         raise ValueError(f"the scores of {weight.name} must have shape {shapes}, got {tuple(scores.shape)}")
     if scores.isnan().any():
         raise ValueError(f"the scores of {weight.name} contain NaN")
-    return scores.detach()
+    return _Scores(weight.name, scores.detach())
 
 
-def _select(scores: Sequence[Tensor], sparsity: float, absolute: bool = False) -> list[Tensor]:
-    """Masks that prune exactly round(sparsity * n) of n scores: the lowest, of equal ones the earlier first.
-
-    With `absolute` it is the scores' magnitudes that are ranked.
-    """
-    sizes = [each.numel() for each in scores]
-    count = round(sparsity * sum(sizes))
-    if count in (0, sum(sizes)):
-        return [torch.full(each.shape, count == 0, device=each.device) for each in scores]
-    dtype = _widest(*scores)
+def _select(scores: Sequence[_Scores], sparsity: float) -> list[Tensor]:
+    """Masks that prune exactly round(sparsity * n) of n scores: the lowest, of equal ones the earlier first."""
+    tensors = [each.tensor for each in scores]
+    sizes = [tensor.numel() for tensor in tensors]
+    count, dtype = round(sparsity * sum(sizes)), _widest(*tensors)
     if sum(sizes) < SAMPLED:
-        flat = np.concatenate([each.reshape(-1).to(dtype).cpu().numpy() for each in scores])
+        arrays = [each.array(dtype) for each in scores]
+        for each, array in zip(scores, arrays, strict=True):
+            each.check(array.max(initial=0))
+        flat = np.concatenate(arrays)
         keep = np.ones(len(flat), bool)
-        keep[(abs(flat) if absolute else flat).argsort(kind="stable")[:count]] = False
+        keep[flat.argsort(kind="stable")[:count]] = False
         parts = [keep[end - size : end] for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
-        pairs = zip(parts, scores, strict=True)
-        return [torch.from_numpy(part).view(each.shape).to(each.device) for part, each in pairs]
-    value, stay = _threshold(scores, count, dtype, absolute)
+        pairs = zip(parts, tensors, strict=True)
+        return [torch.from_numpy(part).view(tensor.shape).to(tensor.device) for part, tensor in pairs]
+    value, stay = _threshold(scores, count, dtype)
     masks = []
     for each, size in zip(scores[::-1], sizes[::-1], strict=True):
-        library = _library(each)
+        library, device = each.library(), each.tensor.device
         # NumPy asks for huge pages, which makes a large new array several times cheaper to fill.
-        mask = np.empty(size, bool) if library is np else torch.empty(size, dtype=torch.bool, device=each.device)
-        for where, block in _blocks(each, dtype, absolute):
+        mask = np.empty(size, bool) if library is np else torch.empty(size, dtype=torch.bool, device=device)
+        for where, block in each.blocks(dtype):
+            each.check(block.max())
             library.greater(block, value, out=mask[where])
             if stay:
                 tied = library.argwhere(block == value)[-stay:, 0]
                 mask[where][tied] = True
                 stay -= len(tied)
-        masks.append(torch.as_tensor(mask, device=each.device).view(each.shape))
+        masks.append(torch.as_tensor(mask, device=device).view(each.tensor.shape))
     return masks[::-1]
 
 
-def _library(tensor: Tensor) -> Any:
-    return np if tensor.device.type in NUMPY else torch
-
-
-def _blocks(scores: Tensor, dtype: torch.dtype, absolute: bool) -> Iterator[tuple[slice, Any]]:
-    """Each block's place and scores, the last first. Magnitudes are overwritten by those of the next block."""
-    flat, library = scores.reshape(-1), _library(scores)
-    step = BLOCK[library]
-    magnitudes: Any = torch.empty(min(step, len(flat)), dtype=dtype, device=flat.device)
-    for start in reversed(range(0, len(flat), step)):
-        where = slice(start, start + step)
-        block: Any = flat[where].to(dtype)
-        if library is np:
-            block, magnitudes = block.numpy(), np.asarray(magnitudes)
-        yield where, library.abs(block, out=magnitudes[: len(block)]) if absolute else block
-
-
-def _threshold(scores: Sequence[Tensor], count: int, dtype: torch.dtype, absolute: bool) -> tuple[float, int]:
+def _threshold(scores: Sequence[_Scores], count: int, dtype: torch.dtype) -> tuple[float, int]:
     """The count-th lowest score, and how many scores that equal it are not among the count lowest.
 
     A random sample gives a range that should hold it. All scores are compared with the range, but only those within it
@@ -552,12 +564,14 @@ def _threshold(scores: Sequence[Tensor], count: int, dtype: torch.dtype, absolut
 
     Source: Floyd and Rivest, "Expected Time Bounds for Selection" (1975).
     """
+    if count == 0:
+        return -math.inf, sum(each.tensor.numel() for each in scores)
     for deviations in (2.5, 10, math.inf):
-        low, high = _range(scores, count, deviations, dtype, absolute)
+        low, high = _range(scores, count, deviations, dtype)
         below, at_low, within, between = 0, 0, 0, []
         for each in scores:
-            library = _library(each)
-            for _, block in _blocks(each, dtype, absolute):
+            library = each.library()
+            for _, block in each.blocks(dtype):
                 under = block < low
                 below += int(library.count_nonzero(under))
                 inside = block[(block <= high) ^ under]
@@ -576,22 +590,18 @@ def _threshold(scores: Sequence[Tensor], count: int, dtype: torch.dtype, absolut
     return float(value), at_low + int(np.count_nonzero(found <= value)) - rank
 
 
-def _range(
-    scores: Sequence[Tensor], count: int, deviations: float, dtype: torch.dtype, absolute: bool
-) -> tuple[float, float]:
+def _range(scores: Sequence[_Scores], count: int, deviations: float, dtype: torch.dtype) -> tuple[float, float]:
     """Where the count-th lowest score lies: within so many standard deviations of its place in a random sample."""
     if deviations == math.inf:
         return -math.inf, math.inf
-    total = sum(each.numel() for each in scores)
-    random = torch.Generator("cpu").manual_seed(0)
-    drawn = []
-    for each in scores:
+    sizes = [each.tensor.numel() for each in scores]
+    total, random = sum(sizes), torch.Generator("cpu").manual_seed(0)
+    parts = [np.array([-math.inf, math.inf], np.float32)]
+    for each, size in zip(scores, sizes, strict=True):
         extra = torch.rand((), generator=random, device="cpu").item()  # gives small layers their due on average
-        size = int(each.numel() * total ** (-1 / 3) + extra)
-        places = torch.randint(max(each.numel(), 1), (size,), generator=random, device="cpu").to(each.device)
-        drawn.append(each.reshape(-1).index_select(0, places).to(dtype).cpu().numpy())
-    sample = np.concatenate(drawn)
-    sample = np.append(abs(sample) if absolute else sample, np.array([-math.inf, math.inf], np.float32))
+        drawn = int(size * total ** (-1 / 3) + extra)
+        parts.append(each.array(dtype, torch.randint(max(size, 1), (drawn,), generator=random, device="cpu")))
+    sample = np.concatenate(parts)
     place = len(sample) * count / total
     margin = deviations * math.sqrt(place * (1 - count / total)) + deviations
     first, last = max(math.floor(place - margin), 0), min(math.ceil(place + margin), len(sample) - 1)

@@ -255,6 +255,17 @@ def test_bad_weight(function: object, weight: object, error: type[Exception], me
         function(weight, 0.5)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("sparsity", [0, 0.5, 0.9999, 1])
+@pytest.mark.parametrize("size", [100, 300_000])
+def test_one_bad_weight_among_many(bad: float, sparsity: float, size: int, library: None) -> None:
+    weight = torch.randn(size)
+    weight[size // 3] = bad
+    for function in (prune.weight_mask, prune.unit_mask):
+        with pytest.raises(ValueError, match="NaN or infinite weights"):
+            function(weight, sparsity)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_whose_sum_overflows_are_finite(dtype: torch.dtype) -> None:
     weight = torch.full((4, 4), torch.finfo(dtype).max, dtype=dtype)

@@ -658,6 +658,16 @@ def test_weights_that_cannot_be_ranked(model: nn.Module, message: str, method: s
     assert "1.weight" in spared  # what is spared need not be prunable
 
 
+@pytest.mark.parametrize("method", list(prune.METHODS))
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_the_weight_that_is_not_finite_is_named(method: str, scope: str) -> None:
+    model = mlp(100, 90, 80, 10)
+    with torch.no_grad():
+        model[2].weight[3, 3] = float("inf")
+    with pytest.raises(ValueError, match=r"^2\.weight must be finite"):
+        prune.find_masks(model, method, 0.5, scope=scope)
+
+
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_empty_layers_have_empty_masks() -> None:
     model = mlp(4, 3, 0, 2)
