@@ -8,6 +8,7 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import LRScheduler
 
 from prune import apply_masks
+from utils import l2
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 DIVERGED = 1000.0  # nats: the right class at e^-1000, on average over an epoch; no training comes back from there
@@ -115,7 +116,7 @@ class Engine:
     def _pull(self, learning_rate: float) -> None:
         """Proximal step of the group lasso: every hidden unit's norm shrinks by lr · λ, and no further than 0."""
         for weight in self.hidden_weights:
-            norm = weight.norm(dim=1, keepdim=True)  # (out, 1)
+            norm = l2(weight).unsqueeze(1)  # (out, 1)
             weight.mul_((1 - learning_rate * self.unit_lasso / norm).clamp_(min=0))
 
     @torch.inference_mode()
