@@ -1,6 +1,6 @@
 """What this project does, side by side with what a user would pick instead.
 
-    python benchmarks/run.py masks
+    python benchmarks/run.py masks  # or train, inference, scaling
 
 times both sides in turns, prints a table and puts it into its own section of benchmarks/RESULTS.md.
 A further subcommand is one function that ends in `report`, and its parser in `main`.
@@ -599,7 +599,7 @@ def main() -> None:
     command.set_defaults(run=inference)
     command = commands.add_parser("scaling", help="how time and memory grow with weights, images and number of k")
     command.add_argument("--sizes", type=int, default=5, help="to measure a row, from the smallest on; 2 to 5")
-    command.add_argument("--seconds", type=float, default=4, help="for the times of a row, about")
+    command.add_argument("--seconds", type=float, default=2, help="for the times of a row, about")
     command.set_defaults(run=scaling)
     options = parser.parse_args()
     options.run(options)

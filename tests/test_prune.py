@@ -84,6 +84,14 @@ def test_units_match_torch(shape: tuple[int, ...], sparsity: float) -> None:
     torch.testing.assert_close(prune.unit_mask(layer.weight_orig, sparsity), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(500, 300), (40, 5, 900), (2, 50_000)])
+def test_norms_of_half_precision_are_not_rounded_into_ties(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    weight = torch.randn(shape, dtype=dtype)
+    norms = weight.double().flatten(1).norm(dim=1)
+    assert torch.equal(prune.unit_mask(weight, 0.5).flatten(1)[:, 0], stable(norms, 0.5))
+
+
 @pytest.mark.parametrize("dim", [0, 1, 2, 3, -1, -4])
 def test_units_along_any_dimension_match_torch(dim: int) -> None:
     layer = nn.Conv2d(6, 8, (5, 7))

@@ -214,6 +214,8 @@ def test_a_weight_tied_to_an_embedding_is_left_alone(scope: str, method: str) ->
     masks = prune.find_masks(model, method, 0.5, scope=scope)
     assert {name.split(".")[0] for name in masks} == {"first", "second"}  # the head is the spared output already
     assert {name.split(".")[0] for name in prune.find_masks(Language(tied=False), method, 0.5)} == {"first", "second"}
+    everything = prune.find_masks(Language(tied=True), method, 0.5, scope=scope, skip=())
+    assert {name.split(".")[0] for name in everything} == {"first", "second"}
     assert "head.weight" in prune.find_masks(Language(tied=False), method, 0.5, skip=())
 
 
@@ -391,6 +393,15 @@ def test_random_masks_follow_the_generator_alone(method: str, scope: str) -> Non
     assert same(first, find(None))
     if scope == "layer":
         assert not torch.equal(find(1)["0.weight"].any(1), find(1)["2.weight"].any(1)) or method == "random_weight"
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize(("first", "second"), [("weight", "random_weight"), ("unit", "random_unit")])
+def test_random_methods_prune_what_is_zero_first(first: str, second: str, scope: str) -> None:
+    pruned = prune.prune_model(mlp(30, 20, 20, 10), first, 0.4)
+    masks = prune.find_masks(pruned, second, 0.5, scope=scope)
+    for name in ("0.weight", "2.weight"):
+        assert not masks[name][pruned.get_parameter(name) == 0].any()
 
 
 def test_methods_without_chance_leave_the_generators_alone() -> None:
