@@ -242,11 +242,11 @@ def _sweep(job: Run, model: nn.Module, dense: float, method: str, seed: int) -> 
         kept.append(_count(small))
         return job.evaluate(compress.to_sparse(small))
 
-    def retrain(pruned: nn.Module, masks: Mapping[str, Tensor]) -> None:
-        if method.endswith("unit"):  # retrained as the smaller network that it is, which needs no masks
-            for name, layer in compress.shrink(pruned).named_children():
-                setattr(pruned, name, layer)
-            masks = {}
+    def retrain(pruned: nn.Module, _: Mapping[str, Tensor]) -> None:
+        # As the smaller network that it is: what shrink removes would get no gradient, and never come back.
+        for name, layer in compress.shrink(pruned).named_children():
+            setattr(pruned, name, layer)
+        masks = {name: weight != 0 for name, weight in pruned.named_parameters()}
         for _ in _train(job, pruned, config.finetune_epochs, config.learning_rate, seed, masks=masks):
             pass
 
