@@ -1,10 +1,10 @@
 """Rows of numbers, and what people read in them: curves, tables, CSV files, plots."""
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # importing matplotlib takes a second, and only the plots nee
     from matplotlib.figure import Figure
 
 FLAT_POINTS = 0.5  # a curve is flat where it is within so many points of dense
+NEAR_POINTS = 2.5  # below dense: how far down the upper panel of a plot shows
 CHANCE = 10.0  # accuracy of a guess among ten classes, in %
 # Okabe and Ito's colors, told apart by every kind of color vision.
 COLORS = {"weight": "#0072B2", "unit": "#D55E00", "random_weight": "#56B4E9", "random_unit": "#E69F00"}
@@ -177,16 +178,27 @@ def save_figure(path: Path, figure: "Figure") -> None:
         figure.savefig(temporary, format="png", dpi=200)
 
 
-def _figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (8, 4.8)) -> tuple["Figure", list["Axes"]]:
+def _figure(rows: int, columns: int, size: tuple[float, float], **shared: Any) -> tuple["Figure", list["Axes"]]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
-    panels = list(np.ravel(figure.subplots(rows, columns)))
+    panels = list(np.ravel(figure.subplots(rows, columns, **shared)))
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25, linewidth=0.6)
         panel.tick_params(labelsize=9)
     return figure, panels
+
+
+def _log_scale(axes: "Axes", which: Literal["x", "y"]) -> None:
+    """A logarithmic axis whose ticks read 20, 50, 100, and not as powers of ten."""
+    from matplotlib.ticker import LogLocator
+
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+    axes.minorticks_off()
 
 
 def _stretch_k(axes: "Axes", ks: np.ndarray) -> None:
@@ -195,12 +207,13 @@ def _stretch_k(axes: "Axes", ks: np.ndarray) -> None:
     axes.set_xscale(
         "function",
         functions=(
-            lambda k: -np.log10(1 + (left_at_100 - np.minimum(k, 100)) / 100),
+            lambda k: -np.log10(np.maximum(100 + left_at_100 - k, left_at_100 / 2) / 100),  # the margin beyond 100
             lambda x: 100 + left_at_100 - 100 * 10**-x,
         ),
     )
     axes.set_xticks(ks, [f"{k:g}" for k in ks])
     axes.minorticks_off()
+    axes.autoscale(axis="x")  # what was drawn before had its margins on the linear axis
 
 
 def _draw(axes: "Axes", x: np.ndarray, curve: Curve, method: str, *, dashed: bool = False) -> None:
@@ -218,23 +231,16 @@ def _draw(axes: "Axes", x: np.ndarray, curve: Curve, method: str, *, dashed: boo
 
 
 def plot_accuracy_sparsity(rows: Sequence[Row], title: str) -> "Figure":
-    """Accuracy against k, with the end of each flat region marked.
+    """Accuracy against k: above, the points around dense, with the end of each flat region marked; below, the whole.
 
     Args:
         rows: the points; with several seeds their mean is drawn in a band of ± one sample standard deviation.
         title: what was trained, in one line.
     """
-    figure, (axes,) = _figure()
-    accuracy = curves(rows)
-    _stretch_k(axes, next(iter(accuracy.values())).k)
-    _reference_lines(axes, dense_accuracy(rows))
-    for method, curve in accuracy.items():
-        _draw(axes, curve.k, curve, method)
-    for method, curve in curves(rows, "finetuned_percent").items():
-        _draw(axes, curve.k, curve, method, dashed=True)
-    _mark_flat(axes, accuracy, dense_accuracy(rows))
-    axes.set(ylim=(0, 104), xlabel="pruned: k % of each layer (axis stretched by the logarithm of what is left)")
-    _finish(axes, title)
+    figure, panels = _plot_accuracy(rows, title, lambda curve: curve.k)
+    _stretch_k(panels[0], np.array(sorted({row.k_percent for row in rows})))  # the panels share it
+    _mark_flat(panels[0], curves(rows), dense_accuracy(rows))
+    panels[1].set_xlabel("pruned: k % of each layer (axis stretched by the logarithm of what is left)")
     return figure
 
 
@@ -243,17 +249,49 @@ def plot_accuracy_weights(rows: Sequence[Row], title: str) -> "Figure":
 
     Args: as `plot_accuracy_sparsity`.
     """
-    figure, (axes,) = _figure()
-    _reference_lines(axes, dense_accuracy(rows))
-    for column in ("accuracy_percent", "finetuned_percent"):
-        for method, curve in curves(rows, column).items():
-            some = curve.weights > 0  # a logarithmic axis has no place for none
-            left = Curve(*(values[some] for values in curve))
-            _draw(axes, left.weights, left, method, dashed=column == "finetuned_percent")
-    axes.set(xscale="log", ylim=(0, 104), xlabel="weights remaining (logarithmic; fewer to the right)")
-    axes.invert_xaxis()
-    _finish(axes, title)
+    # A logarithmic axis has no place for none.
+    figure, panels = _plot_accuracy(rows, title, lambda curve: np.where(curve.weights > 0, curve.weights, np.nan))
+    _log_scale(panels[0], "x")
+    panels[0].invert_xaxis()
+    panels[1].set_xlabel("weights remaining (logarithmic; fewer to the right)")
     return figure
+
+
+def _plot_accuracy(
+    rows: Sequence[Row], title: str, place: Callable[[Curve], np.ndarray]
+) -> tuple["Figure", list["Axes"]]:
+    """Every curve of the rows twice, near dense and whole, at the x that `place` gives."""
+    figure, panels = _figure(2, 1, (8, 6.4), sharex=True, height_ratios=(2, 3))
+    dense = dense_accuracy(rows)
+    for panel in panels:
+        panel.axhspan(dense - FLAT_POINTS, dense, color="0.93", linewidth=0, zorder=0)
+        for level in (dense, CHANCE):
+            panel.axhline(level, color="0.6", linewidth=0.8, zorder=0)
+        for column in ("accuracy_percent", "finetuned_percent"):
+            for method, curve in curves(rows, column).items():
+                _draw(panel, place(curve), curve, method, dashed=column == "finetuned_percent")
+        panel.set_ylabel("accuracy, %")
+    panels[0].set_ylim(dense - NEAR_POINTS, min(dense + NEAR_POINTS / 4, 100))
+    panels[1].set_ylim(0, 104)
+    _name_level(panels[0], dense, f"dense {dense:.2f} %", 0.995)
+    _name_level(panels[0], dense - FLAT_POINTS, f"{FLAT_POINTS} points below", 0.995)
+    _name_level(panels[1], CHANCE, f"chance {CHANCE:.0f} %", 0.005)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+    _add_legend(figure, panels[1])
+    return figure, panels
+
+
+def _add_legend(figure: "Figure", axes: "Axes") -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+
+
+def _name_level(axes: "Axes", level: float, name: str, end: float) -> None:
+    """Name a horizontal line above its left (end = 0) or right (1) end."""
+    axes.annotate(
+        name, (end, level), (0, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
+        fontsize=8, color="0.4", ha="right" if end > 0.5 else "left", va="bottom",
+    )  # fmt: skip
 
 
 def _mark_flat(axes: "Axes", accuracy: Mapping[str, Curve], dense: float) -> None:
@@ -267,22 +305,6 @@ def _mark_flat(axes: "Axes", accuracy: Mapping[str, Curve], dense: float) -> Non
             f"{NAMES[method]} flat to {k:g} %", (k, 1), (0, 3), xycoords=("data", "axes fraction"),
             textcoords="offset points", color=color, fontsize=9, ha="left" if place else "right", va="bottom",
         )  # fmt: skip
-
-
-def _reference_lines(axes: "Axes", dense: float) -> None:
-    # Each name stands at the end where its line is free of curves.
-    for level, name, end in ((dense, f"dense {dense:.2f} %", 0.995), (CHANCE, f"chance {CHANCE:.0f} %", 0.005)):
-        axes.axhline(level, color="0.6", linewidth=0.8, zorder=0)
-        axes.annotate(
-            name, (end, level), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
-            fontsize=8, color="0.4", ha="right" if end > 0.5 else "left", va="bottom",
-        )  # fmt: skip
-
-
-def _finish(axes: "Axes", title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=10, pad=18)
-    axes.set_ylabel("accuracy, %")
-    axes.figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
 
 
 def break_even(rows: Sequence[CostRow], batch_size: int) -> float | None:
@@ -307,6 +329,11 @@ def break_even(rows: Sequence[CostRow], batch_size: int) -> float | None:
     return found
 
 
+def pays(k: float | None) -> str:
+    """What `break_even` found, in words."""
+    return "do not pay" if k is None else f"pay from k = {k:g} % on"
+
+
 def plot_cost_sparsity(rows: Sequence[CostRow], title: str) -> "Figure":
     """Four panels over k: accuracy, file size, and latency at either batch size, dense as the reference line.
 
@@ -318,7 +345,7 @@ def plot_cost_sparsity(rows: Sequence[CostRow], title: str) -> "Figure":
         title: what was measured and on what, in one line.
     """
     small, large = sorted({row.batch_size for row in rows})
-    figure, panels = _figure(2, 2, size=(11, 7.2))
+    figure, panels = _figure(2, 2, (11, 7.2))
     accuracy, size, *latencies = panels
     ks = np.array(sorted({row.k_percent for row in rows}))
     for panel in panels:
@@ -335,16 +362,18 @@ def plot_cost_sparsity(rows: Sequence[CostRow], title: str) -> "Figure":
         for panel, batch_size in zip(latencies, (small, large), strict=True):
             _draw_latency(panel, [row for row in rows if row.method == method and row.batch_size == batch_size])
     accuracy.set(ylabel="accuracy, %", ylim=(0, 104))
-    size.set(ylabel=f"file, % of dense ({dense_bytes / 1e6:.2f} MB)", yscale="log")
+    size.set_ylabel(f"file, % of dense ({dense_bytes / 1e6:.2f} MB)")
+    _log_scale(size, "y")
     for panel, batch_size in zip(latencies, (small, large), strict=True):
-        panel.set(ylabel=f"latency, ms (batch {batch_size})", yscale="log")
-        if (k_pays := break_even(rows, batch_size)) is not None:
+        panel.set_ylabel(f"latency, ms (batch {batch_size})")
+        _log_scale(panel, "y")
+        k_pays = break_even(rows, batch_size)
+        if k_pays is not None:
             panel.axvline(k_pays, color=COLORS["weight"], linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
-            panel.set_title(f"sparse kernels pay from {k_pays:g} %", fontsize=9, color=COLORS["weight"])
-        else:
-            panel.set_title("sparse kernels do not pay", fontsize=9, color=COLORS["weight"])
-    figure.suptitle(f"{title}\nlatency: median, bars between the quartiles; dotted: each form by itself", fontsize=10)
-    figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+        panel.set_title(f"sparse kernels {pays(k_pays)}", fontsize=9, color=COLORS["weight"])
+    key = "latency: median, bars between the quartiles; gray: dense; dotted: each form by itself"
+    figure.suptitle(f"{title}\n{key}", fontsize=10)
+    _add_legend(figure, accuracy)
     return figure
 
 

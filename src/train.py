@@ -242,7 +242,7 @@ def _sweep(job: Run, model: nn.Module, dense: float, method: str, seed: int) -> 
         kept.append(_count(small))
         return job.evaluate(compress.to_sparse(small))
 
-    def retrain(pruned: nn.Module, _: Mapping[str, Tensor]) -> None:
+    def retrain(pruned: nn.Module, masks: Mapping[str, Tensor]) -> None:
         # As the smaller network that it is: what shrink removes would get no gradient, and never come back.
         for name, layer in compress.shrink(pruned).named_children():
             setattr(pruned, name, layer)
@@ -330,8 +330,7 @@ def _report_costs(job: Run, model: nn.Module, rows: list[Row]) -> None:
     results.write_csv(_plot_path(job, "cost_sparsity.csv"), costs)
     results.save_figure(_plot_path(job, "cost_sparsity.png"), results.plot_cost_sparsity(costs, title))
     for batch_size in COST_BATCHES:
-        k = results.break_even(costs, batch_size)
-        say(f"batch {batch_size}: sparse kernels " + ("do not pay" if k is None else f"pay from k = {k:g} % on"))
+        say(f"batch {batch_size}: sparse kernels {results.pays(results.break_even(costs, batch_size))}")
 
 
 def _title(job: Run) -> str:

@@ -113,6 +113,9 @@ def test_plots_draw_every_point(seeds, tmp_path):
     assert drawn["weights"].get_xydata()[:, 0].tolist() == [0, 50, 60, 80, 90, 99]
     assert drawn["units, fine-tuned"].get_ydata().tolist() == [97] * 6
     assert len(figure.axes[0].collections) == (2 if seeds > 1 else 0)  # the bands
+    near, whole = (panel.get_ylim() for panel in figure.axes)
+    dense = results.dense_accuracy(rows)
+    assert dense - 3 < near[0] < dense - 0.5 < dense < near[1] and whole[0] == 0 and whole[1] > 100
     words = [text.get_text() for text in figure.axes[0].texts]
     assert "weights flat to 80 %" in words and "units flat to 50 %" in words
     results.save_figure(tmp_path / "a.png", figure)
@@ -139,7 +142,7 @@ def test_an_empty_network_has_its_place_or_none(tmp_path):
 def test_cost_plot_shows_both_forms_and_marks_the_break_even(tmp_path):
     figure = results.plot_cost_sparsity(make_costs(), "a title")
     assert len(figure.axes) == 4
-    assert figure.axes[3].get_title() == "sparse kernels pay from 70 %"
+    assert figure.axes[3].get_title() == "sparse kernels pay from k = 70 % on"
     results.save_figure(tmp_path / "c.png", figure)
 
 
