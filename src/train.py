@@ -145,10 +145,10 @@ def _one_network(job: Run, seed: int) -> list[Row]:
     config, started = job.config, time.perf_counter()
     if config.seeds > 1:
         say(f"seed {seed}, {seed - config.seed + 1} of {config.seeds}")
-    model, dense = _train_network(job, seed) if config.model is None else _load_network(job, config.model)
+    model = _train_network(job, seed) if config.model is None else _load_network(job, config.model)
     trained = time.perf_counter()
     methods = ["weight", "unit"] + (["random_weight", "random_unit"] if config.random_baseline else [])
-    rows = [row for method in methods for row in _sweep(job, model, dense, method, seed)]
+    rows = [row for method in methods for row in _sweep(job, model, method, seed)]
     say(f"trained in {trained - started:.1f} s, swept in {time.perf_counter() - trained:.1f} s")
     if seed == config.seed:
         for method, k in config.keep:
@@ -162,8 +162,8 @@ def _one_network(job: Run, seed: int) -> list[Row]:
 # ── networks ──
 
 
-def _train_network(job: Run, seed: int) -> tuple[nn.Module, float]:
-    """A trained network and its test accuracy in [0, 1]. The first one is saved."""
+def _train_network(job: Run, seed: int) -> nn.Module:
+    """A trained network. The first one is saved."""
     config = job.config
     torch.manual_seed(seed)
     model = NeuralNetwork().to(job.device)
@@ -181,7 +181,7 @@ def _train_network(job: Run, seed: int) -> tuple[nn.Module, float]:
             temporary.write_bytes(buffer.getbuffer())
         accuracy = {"training_percent": 100 * training, f"{job.tested.lower()}_percent": 100 * dense}
         utils.write_json(path.with_suffix(".json"), {"seed": seed, "accuracy": accuracy, **job.circumstances()})
-    return model, dense
+    return model
 
 
 def _train(
@@ -207,8 +207,8 @@ def _train(
             raise FloatingPointError(f"stopped after epoch {epoch}/{epochs}: {error}") from error
 
 
-def _load_network(job: Run, path: Path) -> tuple[nn.Module, float]:
-    """The network in a model file, and its test accuracy in [0, 1]."""
+def _load_network(job: Run, path: Path) -> nn.Module:
+    """The network in a model file."""
     try:
         model = NeuralNetwork.from_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except OSError:
@@ -218,9 +218,8 @@ def _load_network(job: Run, path: Path) -> tuple[nn.Module, float]:
     if (model.sizes[0], model.sizes[-1]) != (784, 10):
         raise ValueError(f"{path} holds a network from {model.sizes[0]} to {model.sizes[-1]} values, not 784 to 10")
     _introduce(job, model, first=True)
-    dense = job.evaluate(model.to(job.device))
-    say(f"{path}: {job.tested} Set Accuracy: {dense:.2%}")
-    return model, dense
+    say(f"{path}: {job.tested} Set Accuracy: {job.evaluate(model.to(job.device)):.2%}")
+    return model
 
 
 def _introduce(job: Run, model: nn.Module, *, first: bool) -> None:
@@ -232,7 +231,7 @@ def _introduce(job: Run, model: nn.Module, *, first: bool) -> None:
 # ── pruning ──
 
 
-def _sweep(job: Run, model: nn.Module, dense: float, method: str, seed: int) -> list[Row]:
+def _sweep(job: Run, model: nn.Module, method: str, seed: int) -> list[Row]:
     """Prune copies of a network at every k, measure them, and retrain them if that was asked for."""
     config = job.config
     kept: list[int] = []
