@@ -43,7 +43,6 @@ from utils import atomic_write, pick_device, pick_precision  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 MIB, GIB = 2**20, 2**30
-PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 WEIGHTS = 2_386_000  # of the network
 TRAINING = 2 * (3 * WEIGHTS - 784_000)  # FLOPs an image
 SIDE, REPEATS = 2048, 5  # of the matrix products that give the limit
@@ -259,6 +258,12 @@ def _ratio(took: Mapping[str, Timing]) -> str:
     return f"{took['torch'].median / took['prune.py'].median:.3g} x"
 
 
+def _precisions() -> dict[str, torch.dtype]:
+    """Those that the main job trains in here: bf16 where the hardware has it, and fp32."""
+    native = pick_precision("auto", pick_device("auto")) is torch.bfloat16
+    return {"bf16": torch.bfloat16, "fp32": torch.float32} if native else {"fp32": torch.float32}
+
+
 def train(options: argparse.Namespace) -> None:
     """The whole main job beside an ordinary script, and beside the time that its matrix products alone would take."""
     dataset = load("mnist", options.inputs, device=pick_device("auto"))  # leaves MNIST as both sides look for it
@@ -274,17 +279,18 @@ def train(options: argparse.Namespace) -> None:
             kept = sum(int(row["weights_kept"]) for row in csv.DictReader(file))
         start = alternate(_starts(commands["main job"]), rounds=(3, 7))
     took = {name: Job(*map(statistics.median, zip(*runs, strict=True))) for name, runs in jobs.items()}
-    rate = {name: statistics.median(one[name] for one in products) for name in PRECISIONS}
+    rate = {name: statistics.median(one[name] for one in products) for name in products[0]}
+    rates = " and ".join(f"{one / 1e9:,.0f} GFLOP/s in {name}" for name, one in rate.items())
     parts = [
         f"Whole processes, start-up included: {options.epochs} epochs, 26 points; medians of {options.rounds} turns. "
         "The ordinary script is `benchmarks/ordinary.py` with the number of loader workers fastest in one epoch and "
         f"two points: {tried}.",
         table([_job_row(name, jobs[name], took) for name in jobs]),
         f"Their parts beside the limit: FLOPs over the rate of a product of {SIDE} x {SIDE} matrices, "
-        f"{rate['bf16'] / 1e9:,.0f} GFLOP/s in bf16 and {rate['fp32'] / 1e9:,.0f} in fp32 (medians before, between and "
-        f"after the jobs). To train on an image takes 2 x (3 x {WEIGHTS:,} - 784,000) = {TRAINING:,} FLOPs, as the "
-        f"first layer's inputs need no gradient; to evaluate it, 2 a weight. The 26 networks that are swept have "
-        f"{26 * WEIGHTS:,} weights; those that the main job evaluates keep {kept:,} of them.",
+        f"{rates} (medians before, between and after the jobs). To train on an image takes 2 x (3 x {WEIGHTS:,} - "
+        f"784,000) = {TRAINING:,} FLOPs, as the first layer's inputs need no gradient; to evaluate it, 2 a weight. The "
+        f"26 networks that are swept have {26 * WEIGHTS:,} weights; those that the main job evaluates keep {kept:,} of "
+        "them.",
         table([row for name, job in took.items() for row in _part_rows(name, job, rate, options.epochs, kept)]),
         f"The training passes alone: an epoch of `Engine.train_epoch` with the main job's settings, and {REPEATS} "
         f"products, in {options.epoch_rounds} turns in one process.",
@@ -303,7 +309,9 @@ def _commands(options: argparse.Namespace, folder: str) -> tuple[dict[str, list[
     trial = ["--epochs", "1", "--k", "50"]  # trains on and evaluates images in about the proportion of the whole job
     took = {number: _job([*peer, *trial, "--workers", str(number)]).whole for number in options.workers}
     fastest = str(min(took, key=lambda number: took[number]))
-    commands = {"main job": ours, "main job, fp32": [*ours, "--precision", "fp32"]}
+    commands = {"main job": ours}
+    if "bf16" in _precisions():
+        commands["main job, fp32"] = [*ours, "--precision", "fp32"]
     commands["ordinary script"] = [*peer, *epochs, "--workers", fastest]
     return commands, ", ".join(f"{number} workers {seconds:.1f} s" for number, seconds in took.items())
 
@@ -339,12 +347,12 @@ def _job_row(name: str, runs: Sequence[Job], took: Mapping[str, Job]) -> dict[st
 
 
 def _part_rows(name: str, job: Job, rate: Mapping[str, float], epochs: int, kept: int) -> Iterator[dict[str, object]]:
-    native = name == "main job" and pick_precision("auto", pick_device("auto")) is torch.bfloat16
+    precision = "bf16" if name == "main job" and "bf16" in rate else "fp32"
     passes, evaluation = epochs * 60_000 * TRAINING, epochs * 10_000 * 2 * WEIGHTS
-    limit = passes / rate["bf16" if native else "fp32"] + evaluation / rate["fp32"]
+    limit = passes / rate[precision] + evaluation / rate["fp32"]
     sweep = 10_000 * 2 * (26 * WEIGHTS if name == "ordinary script" else kept)
     for part, operations, least, seconds in (
-        (f"training in {'bf16' if native else 'fp32'}, evaluation in fp32", passes + evaluation, limit, job.trained),
+        (f"training in {precision}, evaluation in fp32", passes + evaluation, limit, job.trained),
         ("sweep in fp32", sweep, sweep / rate["fp32"], job.swept),
     ):
         row: dict[str, object] = {"job": name, "part": part, "FLOPs": f"{operations:.3g}", "limit": f"{least:.2f} s"}
@@ -358,7 +366,7 @@ def _product(precision: torch.dtype, device: torch.device) -> Callable[[Any], ob
 
 def _time_products(dataset: Dataset) -> dict[str, float]:
     """FLOPs a second in each precision."""
-    sides = {name: _product(precision, dataset.train_images.device) for name, precision in PRECISIONS.items()}
+    sides = {name: _product(precision, dataset.train_images.device) for name, precision in _precisions().items()}
     return {name: PRODUCTS / took.median for name, took in alternate(sides, rounds=(5, 5)).items()}
 
 
@@ -376,12 +384,12 @@ def _trainer(precision: torch.dtype, dataset: Dataset, sizes: Sequence[int] = SI
 
 def _epoch_rows(dataset: Dataset, rounds: int) -> list[dict[str, object]]:
     sides = {}
-    for name, precision in PRECISIONS.items():
+    for name, precision in _precisions().items():
         sides[f"{name} products"] = _product(precision, dataset.train_images.device)
         sides[f"{name} epoch"] = _trainer(precision, dataset)
     took = alternate(sides, rounds=(rounds, rounds))
     rows = []
-    for name in PRECISIONS:
+    for name in _precisions():
         products, epoch = took[f"{name} products"], took[f"{name} epoch"]
         limit = Timing(*(len(dataset.train_labels) * TRAINING / PRODUCTS * seconds for seconds in products))
         row: dict[str, object] = {"precision": name, "rate": f"{PRODUCTS / products.median / 1e9:,.0f} GFLOP/s"}
