@@ -47,6 +47,7 @@ WEIGHTS = 2_386_000  # of the network
 TRAINING = 2 * (3 * WEIGHTS - 784_000)  # FLOPs an image
 SIDE, REPEATS = 2048, 5  # of the matrix products that give the limit
 PRODUCTS = REPEATS * 2 * SIDE**3  # FLOPs
+MEMORY_ROUNDS = 5  # of inference
 
 
 class Timing(NamedTuple):
@@ -434,13 +435,14 @@ def inference(options: argparse.Namespace) -> None:
     took = {size: _latencies(networks, images[:size], options) for size in (256, 1)}
     held = {name: networks[name] for name in ("dense", "unit 50 %: shrunk", "unit 80 %: shrunk")}
     parts = [
-        f"On the CPU in fp32, of {origin}. Medians of {options.rounds} turns, each the median of {options.seconds:g} s "
-        "of calls. torch-pruning: `MagnitudePruner`, L2, local, the output layer ignored. Logits of the shrunk and the "
-        f"sparse networks differ from those of the pruned ones by at most {max(errors):.0e} of the largest.",
+        f"On the CPU in fp32, of {origin}. {options.rounds} turns through all networks, in each the median of "
+        f"{options.seconds:g} s of calls; their medians (and quartiles), and medians of the turns' ratios. torch-pruning: "
+        "`MagnitudePruner`, L2, local, the output layer ignored. Logits of the shrunk and the sparse networks differ "
+        f"from those of the pruned ones by at most {max(errors):.0e} of the largest.",
         table([_latency_row(name, network, took) for name, network in networks.items()]),
-        f"Peak memory of making a network and running {len(images)} images through it; median of {options.rounds} "
+        f"Peak memory of making a network and running {len(images)} images through it; median of {MEMORY_ROUNDS} "
         "fresh processes.",
-        table([_memory_row(name, network, options.rounds) for name, network in held.items()]),
+        table([_memory_row(name, network) for name, network in held.items()]),
     ]
     report("inference", "Inference: shrunk and sparse networks", parts)
 
@@ -468,26 +470,27 @@ def _error(network: nn.Module, pruned: nn.Module, images: Tensor) -> float:
     return float((network(images) - logits).abs().max() / logits.abs().max())
 
 
-def _latencies(networks: Mapping[str, nn.Module], batch: Tensor, options: argparse.Namespace) -> dict[str, Timing]:
-    """`compress.latency` of every network, in turns."""
-    medians: dict[str, list[float]] = {name: [] for name in networks}
-    for _ in range(options.rounds):
-        for name, network in networks.items():
-            medians[name].append(compress.latency(network.eval(), batch, options.seconds).median)
-    return {name: Timing(statistics.median(times), min(times), max(times)) for name, times in medians.items()}
+def _latencies(networks: Mapping[str, nn.Module], batch: Tensor, options: argparse.Namespace) -> dict[str, np.ndarray]:
+    """`compress.latency` of every network in every turn, in seconds."""
+    turns = [
+        [compress.latency(network.eval(), batch, options.seconds).median for network in networks.values()]
+        for _ in range(options.rounds)
+    ]
+    return dict(zip(networks, np.transpose(turns), strict=True))
 
 
-def _latency_row(name: str, network: nn.Module, took: Mapping[int, Mapping[str, Timing]]) -> dict[str, object]:
-    weights = sum(int(weight.to_dense().count_nonzero()) for weight in network.state_dict().values())
+def _latency_row(name: str, network: nn.Module, took: Mapping[int, Mapping[str, np.ndarray]]) -> dict[str, object]:
+    layers = [layer for layer in network.modules() if hasattr(layer, "weight")]
+    weights = sum(int(layer.weight.to_dense().count_nonzero()) for layer in layers)
     row: dict[str, object] = {"network": name, "weights": f"{weights:,}"}
     for size, times in took.items():
-        faster = times["dense"].median / times[name].median
-        row |= {f"batch {size}": times[name], f"faster at {size}": f"{faster:.3g} x"}
+        row[f"batch {size}"] = Timing(*np.quantile(times[name], [0.5, 0.25, 0.75]))
+        row[f"faster at {size}"] = f"{np.median(times['dense'] / times[name]):.3g} x"
     return row
 
 
-def _memory_row(name: str, network: nn.Module, rounds: int) -> dict[str, object]:
-    peaks = [peak_memory(_pass, _sizes(network)) / MIB for _ in range(rounds)]
+def _memory_row(name: str, network: nn.Module) -> dict[str, object]:
+    peaks = [peak_memory(_pass, _sizes(network)) / MIB for _ in range(MEMORY_ROUNDS)]
     return {"network": name, "peak": f"{statistics.median(peaks):.1f} MiB ({min(peaks):.1f} to {max(peaks):.1f})"}
 
 
@@ -599,8 +602,8 @@ def main() -> None:
     command.add_argument("--inputs", type=Path, default=ROOT / "inputs", help="folder of MNIST/")
     command.set_defaults(run=train)
     command = commands.add_parser("inference", help="shrunk and sparse networks, beside dense ones and torch-pruning's")
-    command.add_argument("--rounds", type=int, default=5, help="measurements of each network")
-    command.add_argument("--seconds", type=float, default=0.2, help="of each measurement")
+    command.add_argument("--rounds", type=int, default=50, help="turns, in each of which every network is measured")
+    command.add_argument("--seconds", type=float, default=0.03, help="of each measurement")
     command.add_argument(
         "--model", type=Path, default=ROOT / "models" / "mnist_model.bin", help="model file, if it exists"
     )

@@ -35,19 +35,17 @@ _CLASSES: dict[str, Any] = {kind.__name__: kind for kind in (NeuralNetwork, nn.S
 _FORMAT = "compressed network, version 1"
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an entry
 _MKL = torch.backends.mkl.is_available()
-# Measured for the layers of NeuralNetwork in fp32 on 2 cores with AVX-512.
-_DENSITY = 1 / 3  # CSR wins below about 0.3 at every batch size, and below 0.45 at 256
+_DENSITY = 1 / 3  # measured: sparse wins below 0.3 to 0.45 with AVX2 and with AVX-512, depending on the batch size
 _SUM_BATCH = 16  # from this batch size on, summing rows beats MKL's CSR product
-_PIECE = 256  # a batch of 10,000 in one piece takes 4 times as long
+_PARTS, _WIDTH = 4, 64  # 64 values of each of 1,000 features, 256 kB, stay in the cache of a core
 
 
 def shrink(model: nn.Module) -> nn.Module:
-    """A smaller network with the same outputs: every unit that cannot change them is removed.
+    """A smaller network with the same logits, to rounding: every unit that cannot change them is removed.
 
-    A unit goes when its incoming weights are all zero: what it sends is constant, and moves into the biases of the next
-    layer (where that has none, the unit goes only if it sends zero). It also goes when its outgoing weights are all
-    zero. So on until no more can go. Inputs and logits stay; a layer none of whose units matters keeps one, all zero.
-    Logits are equal to rounding in eval mode; in training mode, a constant that has moved is not subject to dropout.
+    A unit goes when its outgoing weights are all zero, or its incoming ones: the constant that it then sends moves into
+    the biases of the next layer (without biases, only units that send zero go; in training mode, dropout no longer
+    reaches what has moved). So on until no more can go. A layer none of whose units matters keeps one, all zero.
 
     Args:
         model: a model as above; it is not changed.
@@ -113,9 +111,8 @@ def _keep(layer: nn.Linear, following: nn.Linear, keep: Tensor) -> None:
 def _layers(model: nn.Module) -> list[tuple[str, Any]]:
     """Names and layers of a supported model in the order in which they run."""
     if type(model) is NeuralNetwork:
-        linears = list(model.named_children())
         relu = ("", nn.ReLU(inplace=True))
-        pairs = [("", nn.Flatten()), *(pair for linear in linears for pair in (linear, relu))][:-1]
+        pairs = [("", nn.Flatten()), *(pair for linear in model.named_children() for pair in (linear, relu))][:-1]
     elif type(model) is nn.Sequential:
         modules = model.named_modules(remove_duplicate=False)
         pairs = [(name, module) for name, module in modules if type(module) is not nn.Sequential]
@@ -127,10 +124,10 @@ def _layers(model: nn.Module) -> list[tuple[str, Any]]:
             raise ValueError(f"{name} is a {type(layer).__name__}; supported are {supported}")
         if isinstance(layer, nn.Linear) and not isinstance(layer.weight, nn.Parameter):
             raise ValueError(f"{name}.weight is computed; make it permanent (torch.nn.utils.prune.remove) first")
-    linears = [(name, layer) for name, layer in pairs if isinstance(layer, nn.Linear)]
     shared = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
     if shared:
         raise ValueError(f"{', '.join(sorted(shared))}: shared with an earlier layer")
+    linears = [(name, layer) for name, layer in pairs if isinstance(layer, nn.Linear)]
     for (before, layer), (after, following) in pairwise(linears):
         if following.in_features != layer.out_features:
             raise ValueError(f"{after} takes {following.in_features} inputs, {before} has {layer.out_features} units")
@@ -138,72 +135,86 @@ def _layers(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 class SparseLinear(nn.Module):
-    """A Linear layer for inference that multiplies by its non-zero weights only (CSR), where that is faster."""
-
-    weight: Tensor
-    bias: Tensor | None
+    """A Linear layer for inference that multiplies by its non-zero weights only; part of `SparseLayers`."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
-        weight = layer.weight.detach().clone()
-        if weight.count_nonzero() <= _DENSITY * weight.numel():
-            with warnings.catch_warnings():  # once a process, torch calls CSR tensors a beta feature
-                warnings.simplefilter("ignore", UserWarning)
-                csr = weight.to_sparse_csr()
-                indices = csr.crow_indices().int(), csr.col_indices().int()  # MKL copies wider ones at every call
-                weight = torch.sparse_csr_tensor(*indices, csr.values(), csr.shape)
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
+        self.out_features, self.in_features = layer.weight.shape
+        with warnings.catch_warnings():  # once a process, torch calls CSR tensors a beta feature
+            warnings.simplefilter("ignore", UserWarning)
+            csr = layer.weight.detach().repeat(_PARTS, 1).to_sparse_csr()
+            starts, columns, values = csr.crow_indices().int(), csr.col_indices().int(), csr.values()
+            self.nonzero = len(values) // _PARTS
+            first = starts[: self.out_features + 1], columns[: self.nonzero], values[: self.nonzero]
+            self.weight = nn.Buffer(torch.sparse_csr_tensor(*first, layer.weight.shape))  # MKL copies wider indices
+        columns += self.in_features * torch.arange(_PARTS, device=columns.device).repeat_interleave(self.nonzero)
+        self.starts, self.columns, self.values = nn.Buffer(starts), nn.Buffer(columns), nn.Buffer(values)
+        self.bias = None if layer.bias is None else nn.Buffer(layer.bias.detach().clone())
 
     def forward(self, features: Tensor) -> Tensor:
-        """(…, in_features) to (…, out_features)."""
-        out_features, in_features = self.weight.shape
-        if features.shape[-1] != in_features:
-            raise ValueError(f"expected {in_features} features, got {features.shape[-1]}")
-        # Transposed, so that each weight scales one contiguous row. The result is a view of a transposed matrix; since
-        # elementwise layers keep the order in memory, the next layer finds it ready.
-        rows = features.reshape(-1, in_features).t().contiguous()  # (in, B)
-        csr_product = rows.shape[1] < _SUM_BATCH and _MKL and rows.dtype in (torch.float32, torch.float64)
-        if csr_product or self.weight.layout is torch.strided:
-            product = (self.weight @ rows.squeeze(1)).view(out_features, -1)  # (out, B)
+        """(parts, in_features, B / parts) to (parts, out_features, B / parts)."""
+        parts, _, width = features.shape
+        if width < _SUM_BATCH and parts == 1 and _MKL and features.dtype in (torch.float32, torch.float64):
+            product = self.weight @ features[0].squeeze(1)
         else:  # a kernel made to sum weighted rows is several times faster than the CSR product
-            columns, starts, values = self.weight.col_indices(), self.weight.crow_indices(), self.weight.values()
+            starts, used = self.starts[: parts * self.out_features + 1], parts * self.nonzero
+            rows, columns, values = features.view(-1, width), self.columns[:used], self.values[:used]
             product = nn.functional.embedding_bag(
                 columns, rows, starts, mode="sum", per_sample_weights=values, include_last_offset=True
             )
-        if self.bias is not None:
-            product += self.bias.unsqueeze(1)
-        return product.t().reshape(*features.shape[:-1], out_features)
+        product = product.view(parts, self.out_features, width)
+        return product if self.bias is None else product.add_(self.bias.unsqueeze(1))
 
     def extra_repr(self) -> str:
-        """Sizes and layout, for print."""
-        out_features, in_features = self.weight.shape
-        layout = "dense" if self.weight.layout is torch.strided else f"{len(self.weight.values())} non-zero"
-        return f"in_features={in_features}, out_features={out_features}, {layout}"
+        """Sizes, for print."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.nonzero} non-zero"
 
 
-class SparseNetwork(nn.Sequential):
-    """Layers with every Linear a SparseLinear, for inference."""
+class SparseLayers(nn.Sequential):
+    """A sparse layer and all after it, in the layout that suits sparse weights: (parts, features, B / parts).
+
+    Batches are transposed, so that each weight scales a contiguous row, and cut into parts. The weights are repeated
+    for every part, like the blocks of a block-diagonal matrix, so that one product takes all parts: each thread goes
+    through one part after the other, and what it reads stays in the cache of its core.
+    """
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits of a batch (B, …), which goes through in pieces that stay in the cache of a CPU."""
-        if features.is_cuda:
-            return super().forward(features)
-        return torch.cat([super(SparseNetwork, self).forward(piece) for piece in features.split(_PIECE)])
+        """(…, in_features) to (…, out_features)."""
+        first: Any = self[0]
+        if features.shape[-1] != first.in_features:
+            raise ValueError(f"expected {first.in_features} features, got {features.shape[-1]}")
+        pieces = features.reshape(-1, first.in_features).split(_PARTS * _WIDTH)
+        output = torch.cat([self._piece(piece) for piece in pieces])
+        return output.view(*features.shape[:-1], output.shape[1])
+
+    def _piece(self, batch: Tensor) -> Tensor:
+        size, parts = len(batch), max(1, math.ceil(len(batch) / _WIDTH))
+        if size % parts:
+            batch = nn.functional.pad(batch, (0, 0, 0, -size % parts))
+        features = batch.unflatten(0, (parts, len(batch) // parts)).transpose(1, 2).contiguous()
+        for layer in self:
+            if isinstance(layer, nn.Linear):
+                features = layer.weight @ features
+                if layer.bias is not None:
+                    features += layer.bias.unsqueeze(1)
+            else:
+                features = layer(features)
+        return features.transpose(1, 2).flatten(0, 1)[:size]
 
 
-def to_sparse(model: nn.Module) -> SparseNetwork:
-    """A copy for inference that skips the zeros: Linear layers with few enough non-zero weights hold them as CSR.
+def to_sparse(model: nn.Module) -> nn.Sequential:
+    """A copy for inference that skips the zeros of every Linear layer that has enough of them.
 
     A layer stays dense when more than a third of its weights are non-zero: the dense product is faster then. This is
-    for weight pruning; after unit pruning, `shrink` alone is faster. It gains most on batches of 32 and more. On CUDA
-    it is untested.
+    for weight pruning; after unit pruning, `shrink` alone is faster. It gains most on batches of 32 and more, and takes
+    32 bytes a non-zero weight (in fp32): speed, not memory, is what it is for. On CUDA it is untested.
 
     Args:
         model: a model as above; it is not changed.
 
     Returns:
-        A network in eval mode that takes (B, …) and gives the logits of `model` in eval mode, to float rounding.
+        A network in eval mode, without gradients, that takes (B, …) and gives the logits of `model` in eval mode, to
+        float rounding.
 
     Raises:
         ValueError: an unsupported module, or layers that do not fit.
@@ -212,12 +223,18 @@ def to_sparse(model: nn.Module) -> SparseNetwork:
         >>> model = NeuralNetwork((784, 100, 10))
         >>> with torch.no_grad():
         ...     model.fc1.weight[:, 20:] = 0
-        >>> to_sparse(model)[1]
+        >>> to_sparse(model)[1][0]
         SparseLinear(in_features=784, out_features=100, 2000 non-zero)
     """
-    layers = [layer for _, layer in _layers(model)]
-    sparse = [SparseLinear(layer) if isinstance(layer, nn.Linear) else copy.deepcopy(layer) for layer in layers]
-    return SparseNetwork(*sparse).eval()
+    network = nn.Sequential()
+    for _, layer in _layers(model):
+        sparse = isinstance(layer, nn.Linear) and layer.weight.count_nonzero() <= _DENSITY * layer.weight.numel()
+        module = SparseLinear(layer) if sparse else copy.deepcopy(layer)
+        if network and isinstance(network[-1], SparseLayers) and not isinstance(layer, nn.Flatten):
+            network[-1].append(module)
+        else:
+            network.append(SparseLayers(module) if sparse else module)
+    return network.requires_grad_(False).eval()
 
 
 def save_compressed(model: nn.Module, path: str | Path, info: dict[str, Any] | None = None) -> None:
@@ -266,8 +283,7 @@ def load_compressed(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """Load what `save_compressed` wrote. Nothing in the file is ever executed.
 
     Returns:
-        The model, on the CPU, in the mode it was saved in; and its `info`, {} if it had none. Values are as they were
-        saved, NaN included.
+        The model, on the CPU, in the mode it was saved in; and its `info`, {} if it had none.
 
     Raises:
         ValueError: the file is cut short, damaged or not one of these.
@@ -283,11 +299,8 @@ def load_compressed(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 def _compressed(model: nn.Module, info: dict[str, Any] | None = None) -> memoryview:
     """The bytes of the file. In memory first: torch puts the name of a file into it, and they are read back here."""
     _layers(model)
-    if isinstance(model, NeuralNetwork):
-        modules: list[Any] = [("", "NeuralNetwork", {"sizes": [int(size) for size in model.sizes]})]
-    else:
-        named = model.named_modules(remove_duplicate=False)
-        modules = [(name, type(module).__name__, _arguments(module)) for name, module in named]
+    named = [("", model)] if isinstance(model, NeuralNetwork) else model.named_modules(remove_duplicate=False)
+    modules = [(name, type(module).__name__, _arguments(module)) for name, module in named]
     tensors = {name: _pack(tensor) for name, tensor in model.state_dict().items()}
     content = dict(format=_FORMAT, modules=modules, tensors=tensors, training=model.training, info=info or {})
     buffer = io.BytesIO()
@@ -297,6 +310,15 @@ def _compressed(model: nn.Module, info: dict[str, Any] | None = None) -> memoryv
     except Exception as error:
         raise ValueError(f"cannot be stored as plain data: {_reason(error)}") from error
     return buffer.getbuffer()
+
+
+def _arguments(module: nn.Module) -> dict[str, Any]:
+    """The arguments that make such a module."""
+    if isinstance(module, NeuralNetwork):
+        return {"sizes": [int(size) for size in module.sizes]}
+    names = inspect.signature(type(module)).parameters
+    arguments = {name: value for name, value in vars(module).items() if name in names}
+    return arguments | ({"bias": module.bias is not None} if isinstance(module, nn.Linear) else {})
 
 
 def _read(file: IO[bytes]) -> tuple[nn.Module, dict[str, Any]]:
@@ -324,13 +346,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError):
         return "holds objects that are not plain data (str, int, float, list, dict, …); they are never loaded"
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _arguments(module: nn.Module) -> dict[str, Any]:
-    """The arguments that make such a module."""
-    names = inspect.signature(type(module)).parameters
-    arguments = {name: value for name, value in vars(module).items() if name in names}
-    return arguments | ({"bias": module.bias is not None} if isinstance(module, nn.Linear) else {})
 
 
 def _pack(tensor: Tensor) -> tuple[str, list[int], Tensor, Tensor]:
@@ -373,16 +388,15 @@ def _unpack(encoding: str, shape: list[int], index: Tensor, values: Tensor) -> T
 
 
 def latency(model: nn.Module, batch: Tensor, min_run_time: float = 0.5) -> "Measurement":
-    """Time of ``model(batch)`` for inference, in the mode the model is in, on torch's current number of threads.
+    """Time of ``model(batch)`` for inference, on torch's current number of threads, synchronized with CUDA.
 
     Args:
-        model: any module.
+        model: any module, timed in the mode it is in.
         batch: (B, …) input, on the model's device.
         min_run_time: seconds to measure for, after a warm-up.
 
     Returns:
-        A `Measurement`: ``.median`` and ``.iqr`` (spread: interquartile range) in seconds a batch, ``.times``, and
-        ``.task_spec.num_threads``. CUDA is synchronized around each time.
+        ``.median`` and ``.iqr`` (interquartile range) in seconds a batch, ``.times``, ``.task_spec.num_threads``.
 
     Example:
         >>> latency(NeuralNetwork((784, 100, 10)), torch.rand(256, 784), min_run_time=0.01).median < 1
