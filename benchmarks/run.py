@@ -47,7 +47,7 @@ WEIGHTS = 2_386_000  # of the network
 TRAINING = 2 * (3 * WEIGHTS - 784_000)  # FLOPs an image
 SIDE, REPEATS = 2048, 5  # of the matrix products that give the limit
 PRODUCTS = REPEATS * 2 * SIDE**3  # FLOPs
-MEMORY_ROUNDS = 5  # of inference
+MEMORY_ROUNDS = 3  # of inference
 
 
 class Timing(NamedTuple):
@@ -436,9 +436,9 @@ def inference(options: argparse.Namespace) -> None:
     held = {name: networks[name] for name in ("dense", "unit 50 %: shrunk", "unit 80 %: shrunk")}
     parts = [
         f"On the CPU in fp32, of {origin}. {options.rounds} turns through all networks, in each the median of "
-        f"{options.seconds:g} s of calls; their medians (and quartiles), and medians of the turns' ratios. torch-pruning: "
-        "`MagnitudePruner`, L2, local, the output layer ignored. Logits of the shrunk and the sparse networks differ "
-        f"from those of the pruned ones by at most {max(errors):.0e} of the largest.",
+        f"{options.seconds:g} s of calls; their medians (and quartiles), and medians of the turns' ratios. "
+        "torch-pruning: `MagnitudePruner`, L2, local, the output layer ignored. Logits of the shrunk and the sparse "
+        f"networks differ from those of the pruned ones by at most {max(errors):.0e} of the largest.",
         table([_latency_row(name, network, took) for name, network in networks.items()]),
         f"Peak memory of making a network and running {len(images)} images through it; median of {MEMORY_ROUNDS} "
         "fresh processes.",
@@ -480,8 +480,8 @@ def _latencies(networks: Mapping[str, nn.Module], batch: Tensor, options: argpar
 
 
 def _latency_row(name: str, network: nn.Module, took: Mapping[int, Mapping[str, np.ndarray]]) -> dict[str, object]:
-    layers = [layer for layer in network.modules() if hasattr(layer, "weight")]
-    weights = sum(int(layer.weight.to_dense().count_nonzero()) for layer in layers)
+    tensors = [layer.weight for layer in network.modules() if isinstance(layer, nn.Linear | compress.SparseLinear)]
+    weights = sum(int(tensor.to_dense().count_nonzero()) for tensor in tensors)
     row: dict[str, object] = {"network": name, "weights": f"{weights:,}"}
     for size, times in took.items():
         row[f"batch {size}"] = Timing(*np.quantile(times[name], [0.5, 0.25, 0.75]))
@@ -602,7 +602,7 @@ def main() -> None:
     command.add_argument("--inputs", type=Path, default=ROOT / "inputs", help="folder of MNIST/")
     command.set_defaults(run=train)
     command = commands.add_parser("inference", help="shrunk and sparse networks, beside dense ones and torch-pruning's")
-    command.add_argument("--rounds", type=int, default=50, help="turns, in each of which every network is measured")
+    command.add_argument("--rounds", type=int, default=25, help="turns, in each of which every network is measured")
     command.add_argument("--seconds", type=float, default=0.03, help="of each measurement")
     command.add_argument(
         "--model", type=Path, default=ROOT / "models" / "mnist_model.bin", help="model file, if it exists"

@@ -149,21 +149,21 @@ class SparseLinear(nn.Module):
             self.weight = nn.Buffer(torch.sparse_csr_tensor(*first, layer.weight.shape))  # MKL copies wider indices
         columns += self.in_features * torch.arange(_PARTS, device=columns.device).repeat_interleave(self.nonzero)
         self.starts, self.columns, self.values = nn.Buffer(starts), nn.Buffer(columns), nn.Buffer(values)
-        self.bias = None if layer.bias is None else nn.Buffer(layer.bias.detach().clone())
+        self.bias = None if layer.bias is None else nn.Buffer(layer.bias.detach().repeat(_PARTS).unsqueeze(1))
 
-    def forward(self, features: Tensor) -> Tensor:
-        """(parts, in_features, B / parts) to (parts, out_features, B / parts)."""
-        parts, _, width = features.shape
-        if width < _SUM_BATCH and parts == 1 and _MKL and features.dtype in (torch.float32, torch.float64):
-            product = self.weight @ features[0].squeeze(1)
+    def forward(self, rows: Tensor) -> Tensor:
+        """(parts x in_features, B / parts) to (parts x out_features, B / parts)."""
+        height, width = rows.shape
+        parts = height // self.in_features
+        if width < _SUM_BATCH and parts == 1 and _MKL and rows.dtype in (torch.float32, torch.float64):
+            product = (self.weight @ rows.squeeze(1)).view(self.out_features, width)
         else:  # a kernel made to sum weighted rows is several times faster than the CSR product
             starts, used = self.starts[: parts * self.out_features + 1], parts * self.nonzero
-            rows, columns, values = features.view(-1, width), self.columns[:used], self.values[:used]
+            columns, values = self.columns[:used], self.values[:used]
             product = nn.functional.embedding_bag(
                 columns, rows, starts, mode="sum", per_sample_weights=values, include_last_offset=True
             )
-        product = product.view(parts, self.out_features, width)
-        return product if self.bias is None else product.add_(self.bias.unsqueeze(1))
+        return product if self.bias is None else product.add_(self.bias[: len(product)])
 
     def extra_repr(self) -> str:
         """Sizes, for print."""
@@ -171,11 +171,11 @@ class SparseLinear(nn.Module):
 
 
 class SparseLayers(nn.Sequential):
-    """A sparse layer and all after it, in the layout that suits sparse weights: (parts, features, B / parts).
+    """A sparse layer and all after it, in the layout that suits sparse weights: (parts x features, B / parts).
 
-    Batches are transposed, so that each weight scales a contiguous row, and cut into parts. The weights are repeated
-    for every part, like the blocks of a block-diagonal matrix, so that one product takes all parts: each thread goes
-    through one part after the other, and what it reads stays in the cache of its core.
+    Batches are transposed, so that each weight scales a contiguous row, and cut into parts, one below the other. The
+    weights are repeated for every part, as the blocks of a block-diagonal matrix, so that one product takes all parts:
+    each thread goes through one part after the other, and what it reads stays in the cache of its core.
     """
 
     def forward(self, features: Tensor) -> Tensor:
@@ -188,18 +188,18 @@ class SparseLayers(nn.Sequential):
         return output.view(*features.shape[:-1], output.shape[1])
 
     def _piece(self, batch: Tensor) -> Tensor:
-        size, parts = len(batch), max(1, math.ceil(len(batch) / _WIDTH))
+        size, in_features = batch.shape
+        parts = max(1, math.ceil(size / _WIDTH))
         if size % parts:
             batch = nn.functional.pad(batch, (0, 0, 0, -size % parts))
-        features = batch.unflatten(0, (parts, len(batch) // parts)).transpose(1, 2).contiguous()
+        rows = batch.view(parts, -1, in_features).transpose(1, 2).contiguous().flatten(0, 1)
         for layer in self:
             if isinstance(layer, nn.Linear):
-                features = layer.weight @ features
-                if layer.bias is not None:
-                    features += layer.bias.unsqueeze(1)
+                product = layer.weight @ rows.unflatten(0, (parts, -1))
+                rows = (product if layer.bias is None else product.add_(layer.bias.unsqueeze(1))).flatten(0, 1)
             else:
-                features = layer(features)
-        return features.transpose(1, 2).flatten(0, 1)[:size]
+                rows = layer(rows)
+        return rows.unflatten(0, (parts, -1)).transpose(1, 2).flatten(0, 1)[:size]
 
 
 def to_sparse(model: nn.Module) -> nn.Sequential:
