@@ -15,6 +15,7 @@ import functools
 import itertools
 import math
 import numbers
+import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -27,20 +28,18 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # the integers that a weight's bytes are multiplied as
 NUMPY = ("cpu",)  # devices where NumPy ranks faster than torch
-BLOCK = {np: 2**18, torch: 2**24}  # scores that each ranks at a time: they fit into a cache, or keep a GPU busy
-GRAIN = 2**15  # entries on which torch doesn't start threads and takes no new pages of memory
-SAMPLED = 2**12  # as many scores are worth a sample that narrows down what needs to be ranked
+BLOCK, GPU_BLOCK = 2**18, 2**24  # scores that fit into a core's cache, or keep a GPU busy
+GOLDEN = (math.sqrt(5) - 1) / 2
+SAMPLED = 2**12  # more scores than these are worth a sample that narrows down which to sort out
 
 
 def _norm(weight: Tensor) -> Tensor:
     """L2 norm of each unit: (units, …) → (units,), in fp32 for half precision."""
-    if weight.dim() == 1:
-        return weight.to(_widest(weight)).abs()
-    dims = tuple(range(1, weight.dim()))
-    if weight.element_size() >= 4 or weight.device.type != "cpu" or weight.numel() <= GRAIN:
-        return torch.linalg.vector_norm(weight, dim=dims, dtype=_widest(weight))
-    blocks = weight.split(max(GRAIN // weight[:1].numel(), 1))  # several times faster than dtype=torch.float32
-    return torch.cat([torch.linalg.vector_norm(block.float(), dim=dims) for block in blocks])
+    weight = weight.unsqueeze(-1)  # for weights of one dimension
+    rows = max(BLOCK // max(weight[:1].numel(), 1), 1) if weight.is_cpu else max(len(weight), 1)
+    dims, dtype = tuple(range(1, weight.dim())), _widest(weight)
+    # torch converts half precision as a whole
+    return torch.cat([torch.linalg.vector_norm(part, dim=dims, dtype=dtype) for part in weight.split(rows)])
 
 
 def _relative_norm(weight: Tensor) -> Tensor:
@@ -105,7 +104,7 @@ def weight_mask(weight: Tensor, sparsity: float) -> Tensor:
         tensor([[ True, False],
                 [ True, False]])
     """
-    return _select([_Scores("weight", _dense("weight", weight), absolute=True)], _checked_sparsity(sparsity))[0]
+    return _select([_Scores("weight", _dense("weight", weight))], _checked_sparsity(sparsity))[0]
 
 
 def unit_mask(weight: Tensor, sparsity: float, dim: int = 0) -> Tensor:
@@ -135,9 +134,7 @@ def unit_mask(weight: Tensor, sparsity: float, dim: int = 0) -> Tensor:
     if not -weight.dim() <= dim < weight.dim():
         raise ValueError(f"dim must be one of weight's {weight.dim()} dimensions, got {dim}")
     units_first = weight.transpose(0, dim)
-    norm = _norm(units_first)
-    _check_finite("weight", weight, norm.sum())
-    (keep,) = _select([_Scores("weight", norm)], _checked_sparsity(sparsity))
+    (keep,) = _select([_Scores("weight", weight, _norm(units_first))], _checked_sparsity(sparsity))
     return _expanded(keep, units_first).transpose(0, dim).contiguous()
 
 
@@ -189,13 +186,12 @@ def find_masks(
     with _seeded(generator, weights):
         groups = [weights] if scope == "global" else [[weight] for weight in weights]
         scores = ([_scored(weight, METHODS[method]) for weight in group] for group in groups)
-        keeps = [keep for group in scores for keep in _select(group, sparsity)]
+        keeps = [keep for group in scores if group for keep in _select(group, sparsity)]
     masks: dict[str, Tensor] = {}
     empty = []
     for weight, keep in zip(weights, keeps, strict=True):
         masks.update(weight.masks(keep))
-        # NumPy's any() stops at the first True
-        if weight.tensor.numel() and not (keep.numpy() if keep.device.type in NUMPY else keep).any():
+        if weight.tensor.numel() and not _native(keep).any():
             empty.append(weight.name)
     if empty:
         warnings.warn(f"pruning leaves nothing of {', '.join(empty)}", stacklevel=2)
@@ -358,9 +354,8 @@ def _dense(name: str, tensor: Any) -> Tensor:
     return tensor.detach()
 
 
-def _check_finite(name: str, weight: Tensor, sign: Any) -> None:
-    """Raise if a weight is NaN or infinite; then so is the `sign`, though it may be so for large weights, too."""
-    if not math.isfinite(sign) and not weight.isfinite().all():
+def _check_finite(name: str, weight: Tensor) -> None:
+    if not weight.isfinite().all():
         raise ValueError(f"{name} must be finite, but has NaN or infinite weights")
 
 
@@ -474,136 +469,144 @@ class _Scores(NamedTuple):
     """What a weight, or its units, are ranked by."""
 
     name: str
-    tensor: Tensor
-    absolute: bool = False  # the tensor is the weight itself, and its magnitudes are the scores
+    weight: Tensor
+    scores: Tensor | None = None  # None: the weight's magnitudes
 
-    def array(self, dtype: torch.dtype, places: Tensor | None = None) -> np.ndarray:
-        """The scores at these places, or all of them."""
-        flat = self.tensor.reshape(-1)
-        flat = flat if places is None else flat.index_select(0, places.to(flat.device))
-        array = flat.to(dtype).cpu().numpy()
-        return abs(array) if self.absolute else array
+    @property
+    def tensor(self) -> Tensor:
+        """The scores, but for their signs if they are magnitudes."""
+        return self.weight if self.scores is None else self.scores
 
-    def check(self, largest: Any) -> None:
-        """Raise if the largest of some magnitudes shows that there are others than finite ones."""
-        if self.absolute and not math.isfinite(largest):
-            _check_finite(self.name, self.tensor, largest)
-
-    def library(self) -> Any:
-        """What ranks faster where the scores are."""
-        return np if self.tensor.device.type in NUMPY else torch
-
-    def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Any]]:
-        """Each block's place and scores, the last first. Magnitudes are overwritten by those of the next block."""
-        flat, library = self.tensor.reshape(-1), self.library()
-        step = BLOCK[library]
-        magnitudes: Any = torch.empty(min(step, len(flat)), dtype=dtype, device=flat.device)
-        for start in reversed(range(0, len(flat), step)):
-            where = slice(start, start + step)
-            block: Any = flat[where].to(dtype)
-            if library is np:
-                block, magnitudes = block.numpy(), np.asarray(magnitudes)
-            yield where, library.abs(block, out=magnitudes[: len(block)]) if self.absolute else block
+    def ranked_by(self, part: Tensor, dtype: torch.dtype) -> Any:
+        """Scores of a part of the tensor: an array on the CPU, where NumPy ranks faster."""
+        scores = _native(part.to(dtype))
+        if self.scores is None:
+            scores = _library(scores).abs(scores)
+        if len(scores) and not math.isfinite(largest := scores.max()):
+            _check_finite(self.name, self.weight)
+            if math.isnan(largest):
+                raise ValueError(f"the scores of {self.name} contain NaN")
+        return scores
 
 
 def _scored(weight: _Weight, score: Callable[[Tensor], Tensor]) -> _Scores:
     tensor = weight.turned(weight.tensor)
     if score is torch.abs:
-        return _Scores(weight.name, tensor, absolute=True)
+        return _Scores(weight.name, tensor)
     if weight.tensor.grad is not None:
         tensor.grad = weight.turned(weight.tensor.grad)
-    _check_finite(weight.name, tensor, tensor.sum(dtype=_widest(tensor)))
+    if not math.isfinite(tensor.sum(dtype=_widest(tensor))):  # which may also overflow
+        _check_finite(weight.name, tensor)
     scores = score(tensor)
     if not isinstance(scores, Tensor) or not scores.is_floating_point():
         raise TypeError(f"the scores of {weight.name} must be a floating-point tensor, got {scores!r:.80}")
     if scores.shape not in (tensor.shape, tensor.shape[:1]):
         shapes = f"{tuple(tensor.shape)} or {tuple(tensor.shape[:1])}"
         raise ValueError(f"the scores of {weight.name} must have shape {shapes}, got {tuple(scores.shape)}")
-    if scores.isnan().any():
-        raise ValueError(f"the scores of {weight.name} contain NaN")
-    return _Scores(weight.name, scores.detach())
+    return _Scores(weight.name, tensor, scores.detach())
 
 
 def _select(scores: Sequence[_Scores], sparsity: float) -> list[Tensor]:
-    """Masks that prune exactly round(sparsity * n) of n scores: the lowest, of equal ones the earlier first."""
-    tensors = [each.tensor for each in scores]
-    sizes = [tensor.numel() for tensor in tensors]
-    count, dtype = round(sparsity * sum(sizes)), _widest(*tensors)
-    if sum(sizes) < SAMPLED:
-        arrays = [each.array(dtype) for each in scores]
-        for each, array in zip(scores, arrays, strict=True):
-            each.check(array.max(initial=0))
-        flat = np.concatenate(arrays)
-        keep = np.ones(len(flat), bool)
-        keep[flat.argsort(kind="stable")[:count]] = False
-        parts = [keep[end - size : end] for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
-        pairs = zip(parts, tensors, strict=True)
-        return [torch.from_numpy(part).view(tensor.shape).to(tensor.device) for part, tensor in pairs]
-    value, stay = _threshold(scores, count, dtype)
-    masks = []
-    for each, size in zip(scores[::-1], sizes[::-1], strict=True):
-        library, device = each.library(), each.tensor.device
-        # NumPy asks for huge pages, which makes a large new array several times cheaper to fill.
-        mask = np.empty(size, bool) if library is np else torch.empty(size, dtype=torch.bool, device=device)
-        for where, block in each.blocks(dtype):
-            each.check(block.max())
-            library.greater(block, value, out=mask[where])
-            if stay:
-                tied = library.argwhere(block == value)[-stay:, 0]
-                mask[where][tied] = True
-                stay -= len(tied)
-        masks.append(torch.as_tensor(mask, device=device).view(each.tensor.shape))
-    return masks[::-1]
+    """Masks that prune exactly round(sparsity * n) of n scores: the lowest, of equal ones the earlier first.
 
-
-def _threshold(scores: Sequence[_Scores], count: int, dtype: torch.dtype) -> tuple[float, int]:
-    """The count-th lowest score, and how many scores that equal it are not among the count lowest.
-
-    A random sample gives a range that should hold it. All scores are compared with the range, but only those within it
-    are taken out and ranked.
+    A score is ranked together with its place, so that no two are equal. A sample gives two bounds, between which the
+    last one to prune should be. All are compared with the bounds, but only those between them are ranked.
 
     Source: Floyd and Rivest, "Expected Time Bounds for Selection" (1975).
     """
-    if count == 0:
-        return -math.inf, sum(each.tensor.numel() for each in scores)
-    for deviations in (2.5, 10, math.inf):
-        low, high = _range(scores, count, deviations, dtype)
-        below, at_low, within, between = 0, 0, 0, []
-        for each in scores:
-            library = each.library()
-            for _, block in each.blocks(dtype):
-                under = block < low
-                below += int(library.count_nonzero(under))
-                inside = block[(block <= high) ^ under]
-                inside = inside if library is np else inside.cpu().numpy()
-                within += len(inside)
-                at_low += int(np.count_nonzero(inside == low))
-                between.append(inside[(inside > low) & (inside < high)])  # what equals the ends may be too much to hold
-        if below < count <= below + within:
+    starts = [0, *itertools.accumulate(each.tensor.numel() for each in scores)]
+    total, dtype = starts[-1], _widest(*(each.tensor for each in scores))
+    count = round(sparsity * total)
+    sample, drawn = _sample(scores, starts, dtype)
+    expected = len(sample) * count / max(total, 1)  # rank in the sample of the last one to prune
+    margin = 2.5 * (math.sqrt(expected * (1 - count / max(total, 1))) + 1)  # so many standard deviations of it
+    while True:
+        low, high = (_ranked(sample, drawn, math.ceil(expected + side)) for side in (-margin, margin))
+        parts = [_compared(each, start, low, high, dtype) for each, start in zip(scores, starts, strict=False)]
+        masks, kept, *found = zip(*parts, strict=True)
+        between, places = map(np.concatenate, found)
+        excess = count - (total - sum(kept) - len(between))  # how many of those between to prune
+        if 0 <= excess <= len(between):
             break
-    rank, found = count - below, np.concatenate(between)
-    if rank <= at_low:
-        return low, at_low - rank
-    if rank > at_low + len(found):
-        return high, within - rank
-    value = np.partition(found, rank - at_low - 1)[rank - at_low - 1]
-    return float(value), at_low + int(np.count_nonzero(found <= value)) - rank
+        margin *= 4
+    keep = np.empty(len(between), bool)
+    _behind(between, _ranked(between, range(len(between)), excess - 1), 0, keep)
+    for mask, start, (first, last) in zip(masks, starts, _edges(places, starts), strict=False):
+        spots, kept = torch.from_numpy(places[first:last] - start), torch.from_numpy(keep[first:last])
+        mask.view(-1).index_copy_(0, spots.to(mask.device), kept.to(mask.device))
+    return list(masks)
 
 
-def _range(scores: Sequence[_Scores], count: int, deviations: float, dtype: torch.dtype) -> tuple[float, float]:
-    """Where the count-th lowest score lies: within so many standard deviations of its place in a random sample."""
-    if deviations == math.inf:
-        return -math.inf, math.inf
-    sizes = [each.tensor.numel() for each in scores]
-    total, random = sum(sizes), torch.Generator("cpu").manual_seed(0)
-    parts = [np.array([-math.inf, math.inf], np.float32)]
-    for each, size in zip(scores, sizes, strict=True):
-        extra = torch.rand((), generator=random, device="cpu").item()  # gives small layers their due on average
-        drawn = int(size * total ** (-1 / 3) + extra)
-        parts.append(each.array(dtype, torch.randint(max(size, 1), (drawn,), generator=random, device="cpu")))
-    sample = np.concatenate(parts)
-    place = len(sample) * count / total
-    margin = deviations * math.sqrt(place * (1 - count / total)) + deviations
-    first, last = max(math.floor(place - margin), 0), min(math.ceil(place + margin), len(sample) - 1)
-    sample.partition((first, last))
-    return float(sample[first]), float(sample[last])
+def _sample(scores: Sequence[_Scores], starts: Sequence[int], dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Scores from all over and their places, in order of these; none where it takes as long to rank all."""
+    size = int(starts[-1] ** (2 / 3)) if starts[-1] > SAMPLED else 0
+    steps = np.arange(size)
+    shifts = steps * GOLDEN  # their fractions are spread evenly, and out of step with any pattern in the weights
+    places = ((steps + shifts - np.floor(shifts)) * ((starts[-1] - 1) / max(size, 1))).astype(int)
+    sample = [np.empty(0, np.float32)]
+    for each, start, (first, last) in zip(scores, starts, _edges(places, starts), strict=False):
+        spots = torch.from_numpy(places[first:last] - start).to(each.tensor.device)
+        part = each.tensor.reshape(-1).index_select(0, spots)
+        sample.append(_array(each.ranked_by(part, dtype)))
+    return np.concatenate(sample), places
+
+
+def _edges(places: np.ndarray, starts: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """From where to where ascending places lie in each weight."""
+    return itertools.pairwise(np.searchsorted(places, starts))
+
+
+def _ranked(scores: np.ndarray, places: Sequence[int] | np.ndarray, rank: int) -> tuple[float, int]:
+    """The score and the place at a rank; a bound before or behind all if there is no such rank."""
+    if rank < 0:
+        return -math.inf, -1
+    if rank >= len(scores):
+        return math.inf, sys.maxsize
+    value = np.partition(scores, rank)[rank]
+    equal = np.flatnonzero(scores == value)
+    return float(value), int(places[equal[rank - np.count_nonzero(scores < value)]])
+
+
+def _behind(scores: Any, bound: tuple[float, int], start: int, out: Any) -> None:
+    """Which scores are behind a bound, their places counted from start."""
+    value, place = bound
+    cut, library = min(max(place + 1 - start, 0), len(scores)), _library(scores)
+    library.greater(scores[:cut], value, out=out[:cut])
+    library.greater_equal(scores[cut:], value, out=out[cut:])
+
+
+def _compared(
+    scores: _Scores, start: int, low: tuple[float, int], high: tuple[float, int], dtype: torch.dtype
+) -> tuple[Tensor, int, np.ndarray, np.ndarray]:
+    """A mask of what is behind both bounds, how much it is, and the scores and places of what is between them."""
+    tensor = scores.tensor
+    if tensor.is_cpu:  # NumPy asks for huge pages, which makes a large new array several times cheaper to fill
+        mask = torch.from_numpy(np.empty(tensor.shape, bool))
+    else:
+        mask = torch.empty(tensor.shape, dtype=torch.bool, device=tensor.device)
+    kept, between, places = 0, [np.empty(0, np.float32)], [np.empty(0, int)]
+    flat, parts, step = tensor.reshape(-1), _native(mask.view(-1)), BLOCK if tensor.is_cpu else GPU_BLOCK
+    for first in range(0, tensor.numel(), step):
+        block, keep = scores.ranked_by(flat[first : first + step], dtype), parts[first : first + step]
+        library = _library(block)
+        inside = library.empty_like(keep)
+        _behind(block, high, start + first, keep)
+        _behind(block, low, start + first, inside)
+        kept += int(library.count_nonzero(keep))
+        inside ^= keep
+        where = library.where(inside)[0]
+        between.append(_array(block[where]))
+        places.append(_array(where) + (start + first))
+    return mask, kept, np.concatenate(between), np.concatenate(places)
+
+
+def _native(tensor: Tensor) -> Any:
+    return tensor.numpy() if tensor.device.type in NUMPY else tensor
+
+
+def _library(native: Any) -> Any:
+    return np if isinstance(native, np.ndarray) else torch
+
+
+def _array(native: Any) -> np.ndarray:
+    return native if isinstance(native, np.ndarray) else native.cpu().numpy()

@@ -120,16 +120,16 @@ def test_ties_go_by_position(weight: Tensor, sparsity: float, library: None) -> 
 
 def test_a_misleading_sample_costs_time_but_no_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.cat([torch.zeros(50_000), torch.rand(50_000)])
-    asked = []
-    true_range = prune._range
+    passes = []
+    true_ranked = prune._ranked
 
-    def misled(scores: list[Tensor], count: int, deviations: float, *rest: object) -> tuple[float, float]:
-        asked.append(deviations)
-        return (2.0, 3.0) if len(asked) == 1 else true_range(scores, count, deviations, *rest)
+    def misled(scores: np.ndarray, places: np.ndarray, rank: int) -> tuple[float, int]:
+        passes.append(rank)
+        return (2.0, 0) if len(passes) <= 2 else true_ranked(scores, places, rank)  # both bounds lie behind all
 
-    monkeypatch.setattr(prune, "_range", misled)
+    monkeypatch.setattr(prune, "_ranked", misled)
     assert torch.equal(prune.weight_mask(weight, 0.8), stable(weight, 0.8))
-    assert len(asked) == 2
+    assert len(passes) == 5  # two bounds, two again, and the last one to prune
 
 
 @settings(many, max_examples=500)
@@ -148,7 +148,9 @@ def test_samples_and_blocks_of_any_size_select_exactly(data: st.DataObject, weig
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(prune, "SAMPLED", data.draw(st.integers(8, 60))))
         patches.enter_context(
-            mock.patch.dict(prune.BLOCK, dict.fromkeys(prune.BLOCK, data.draw(st.integers(20, 2000))))
+            mock.patch.multiple(
+                prune, BLOCK=data.draw(st.integers(20, 2000)), GPU_BLOCK=data.draw(st.integers(20, 2000))
+            )
         )
         patches.enter_context(mock.patch.object(prune, "NUMPY", data.draw(st.sampled_from([(), ("cpu",)]))))
         mask = prune.weight_mask(weight, sparsity)
