@@ -27,6 +27,10 @@ class Engine:
         label_smoothing: share of every target that is spread over all classes, in [0, 1], in training alone.
         unit_lasso: strength λ ≥ 0 of the pull on the L2 norm of every hidden unit.
 
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: `label_smoothing` or `unit_lasso` is out of range.
+
     Example:
         >>> model = nn.Linear(2, 2)
         >>> engine = Engine(model, torch.optim.SGD(model.parameters(), lr=0.1))
@@ -48,6 +52,11 @@ class Engine:
         label_smoothing: float = 0.0,
         unit_lasso: float = 0.0,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if not (0 <= label_smoothing <= 1 and unit_lasso >= 0):
+            given = f"{label_smoothing} and {unit_lasso}"
+            raise ValueError(f"label_smoothing must be in [0, 1] and unit_lasso >= 0, got {given}")
         self.model = model
         self.optimizer = optimizer
         self.scheduler = scheduler
@@ -64,6 +73,10 @@ class Engine:
         Args:
             logits: (B, classes), any float type; computed in float32.
             targets: (B,) class numbers.
+
+        Raises:
+            IndexError: a class number that the logits do not have.
+            RuntimeError: shapes or types that do not fit.
         """
         return functional.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing)
 
@@ -78,7 +91,8 @@ class Engine:
 
         Raises:
             FloatingPointError: the mean loss exceeds `DIVERGED`, or it or a weight became NaN or infinite.
-            ValueError: no optimizer, or no batches.
+            ValueError: no optimizer, no batches, or targets that are not one a logit row.
+            IndexError, RuntimeError: as `loss`, or as the model on images that it cannot take.
         """
         if self.optimizer is None:
             raise ValueError("training needs an optimizer: Engine(model, optimizer)")
@@ -88,7 +102,7 @@ class Engine:
         samples = 0
         for images, targets in batches:
             with torch.autocast(images.device.type, self.precision, enabled=self.precision != torch.float32):
-                logits = self.model(images)  # (B, classes)
+                logits = self._classify(images, targets)  # (B, classes)
             loss = self.loss(logits, targets)
             self.optimizer.zero_grad()
             loss.backward()
@@ -102,6 +116,12 @@ class Engine:
         if not (mean_loss < DIVERGED and all(weight.isfinite().all() for weight in self.model.parameters())):
             raise FloatingPointError(f"diverged, with a mean loss of {mean_loss:.3g}: the learning rate is too high")
         return int(torch.stack(counts).sum()) / samples
+
+    def _classify(self, images: Tensor, targets: Tensor) -> Tensor:
+        logits = self.model(images)  # (B, classes)
+        if targets.shape != logits.shape[:1]:  # (B, 1) would be compared with every row, and count more than there is
+            raise ValueError(f"expected {len(logits)} targets, one an image, got shape {tuple(targets.shape)}")
+        return logits
 
     def _step(self, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
@@ -127,13 +147,14 @@ class Engine:
             batches: pairs of images (B, …) and class numbers (B,); B may differ from batch to batch.
 
         Raises:
-            ValueError: no batches.
+            ValueError: no batches, or targets that are not one a logit row.
+            RuntimeError: the model cannot take the images.
         """
         self.model.eval()
         counts = []
         samples = 0
         for images, targets in batches:
-            counts.append((self.model(images).argmax(1) == targets).sum())
+            counts.append((self._classify(images, targets).argmax(1) == targets).sum())
             samples += len(targets)
         if samples == 0:
             raise ValueError("there are no batches to evaluate")

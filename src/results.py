@@ -51,7 +51,14 @@ class CostRow:
 
 
 def write_csv(path: Path, rows: Sequence[Row] | Sequence[CostRow]) -> None:
-    """Write rows under a header of their field names, whole or not at all; None becomes a blank."""
+    """Write rows under a header of their field names, whole or not at all; None becomes a blank.
+
+    Raises:
+        ValueError: there are no rows.
+        OSError: the file cannot be written.
+    """
+    if not rows:
+        raise ValueError("there are no rows to write")
     with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [column.name for column in fields(rows[0])], lineterminator="\n")
         writer.writeheader()
@@ -78,7 +85,14 @@ def curves(rows: Sequence[Row], column: str = "accuracy_percent") -> dict[str, C
 
     Returns:
         Method → curve, in the order of the rows; methods whose column is blank are left out.
+
+    Raises:
+        ValueError: no rows, an unknown method, or seeds whose points differ.
     """
+    if not rows:
+        raise ValueError("there are no rows")
+    if unknown := {row.method for row in rows} - NAMES.keys():
+        raise ValueError(f"unknown methods {', '.join(unknown)}: expected {', '.join(NAMES)}")
     found = {}
     for method in dict.fromkeys(row.method for row in rows):
         points: dict[float, list[Row]] = {}
@@ -125,8 +139,15 @@ def bend(curve: Curve) -> float | None:
 
 
 def dense_accuracy(rows: Sequence[Row]) -> float:
-    """Mean accuracy in % of the unpruned networks, those at k = 0."""
-    return float(np.mean([row.accuracy_percent for row in rows if row.k_percent == 0]))
+    """Mean accuracy in % of the unpruned networks, those at k = 0.
+
+    Raises:
+        ValueError: there are none.
+    """
+    dense = [row.accuracy_percent for row in rows if row.k_percent == 0]
+    if not dense:
+        raise ValueError("there is no row at k = 0")
+    return float(np.mean(dense))
 
 
 def format_facts(rows: Sequence[Row]) -> str:
@@ -173,7 +194,11 @@ def format_table(rows: Sequence[Row]) -> str:
 
 
 def save_figure(path: Path, figure: "Figure") -> None:
-    """Write a figure as PNG, whole or not at all."""
+    """Write a figure as PNG, whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=200)
 

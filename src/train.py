@@ -1,6 +1,5 @@
 """Train a network, prune copies of it at every k %, plot accuracy against sparsity: `python src/train.py`."""
 
-import contextlib
 import io
 import json
 import os
@@ -36,7 +35,7 @@ from results import CostRow, Row
 EVALUATION_BATCH = 2000  # images
 COST_BATCHES = (1, 256)  # images
 COST_ROUNDS = 5
-UNFINISHED = ".unfinished"  # folder below the plots
+UNFINISHED = ".unfinished_{}_seed{}.json"  # beside the plots
 
 
 class SettingError(ValueError):
@@ -121,9 +120,7 @@ def run(config: Config) -> None:
         _report(job, rows)
         for done in _unfinished(job, "*"):
             done.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # none there, or another run's are left in it
-            (config.plots / UNFINISHED).rmdir()
-        results_written = [path for path in utils.written if path.parent in (config.models, config.plots)]
+        results_written = [path for path in utils.written if not path.name.startswith(".")]
         say("wrote " + ", ".join(map(utils.shown, results_written)))
         _warn_of_fallback(job)
 
@@ -349,14 +346,12 @@ def _warn_of_fallback(job: Run) -> None:
 
 
 def _unfinished(job: Run, seed: int | str) -> list[Path]:
-    return list((job.config.plots / UNFINISHED).glob(f"{job.kind}_seed{seed}.json"))
+    return list(job.config.plots.glob(UNFINISHED.format(job.kind, seed)))
 
 
 def _remember(job: Run, seed: int, rows: list[Row]) -> None:
-    folder = job.config.plots / UNFINISHED
-    utils.prepare_folder(folder)
     whole = {"circumstances": job.circumstances(), "rows": [asdict(row) for row in rows]}
-    utils.write_json(folder / f"{job.kind}_seed{seed}.json", whole)
+    utils.write_json(job.config.plots / UNFINISHED.format(job.kind, seed), whole)
 
 
 def _resume(job: Run, seed: int) -> list[Row]:
@@ -368,7 +363,7 @@ def _resume(job: Run, seed: int) -> list[Row]:
                 rows = [Row(**row) for row in left["rows"]]
                 say(f"seed {seed} is taken from {utils.shown(path)}: a run with the same settings was stopped after it")
                 return rows
-        except (ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):  # damaged, or a run beside this one has just removed it
             pass
         path.unlink(missing_ok=True)
     return []

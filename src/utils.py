@@ -35,7 +35,8 @@ def prepare_folder(folder: Path) -> None:
     for leftover in folder.glob(".*.tmp"):
         writer = leftover.name.split(".")[-3]
         if os.name == "posix" and writer.isdigit() and not _is_alive(int(writer)):
-            leftover.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # another run was faster, or it is somebody else's
+                leftover.unlink()
 
 
 def _is_alive(process: int) -> bool:
@@ -49,7 +50,7 @@ def _is_alive(process: int) -> bool:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """Write a file whole or not at all.
 
     Yields the name of a temporary file in the same folder. When the block ends well it takes the place of `path`,
@@ -62,6 +63,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the folder cannot be written to, or the disk is full.
     """
+    path = Path(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.{os.getpid()}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
     temporary = Path(name)

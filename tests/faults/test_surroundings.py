@@ -1,34 +1,39 @@
 """What a user's machine does to a run: signals, pipes, folders, disks, locales, other people's files."""
 
+import contextlib
+import errno
+import functools
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
+from runs import Run, flags_for
 
+import prune
 import train
+import utils
+from compress import save_compressed
 from model import NeuralNetwork
 
-TRAIN = str(ROOT / "src" / "train.py")
-QUICK = ["--dataset", "digits", "--epochs", "1", "--k", "90"]
 
-
-def command(folder: Path, *flags: str) -> list[str]:
-    return [sys.executable, TRAIN, *QUICK, "--models", str(folder / "m"), "--plots", str(folder / "p"), *flags]
-
-
-def finish(arguments: list[str], **options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(arguments, capture_output=True, text=True, **options)  # type: ignore[call-overload]
+def good_model(folder: Path) -> Path:
+    path = folder / "model.bin"
+    torch.save(NeuralNetwork((784, 30, 10)).state_dict(), path)
+    return path
 
 
 def main(folder: Path, *flags: str) -> int:
-    return train.main(command(folder, *flags)[2:])
+    return train.main(flags_for(folder, *flags))
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -42,22 +47,23 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("moment", ["Epoch:1/", "k %"])
-def test_a_signal_ends_the_run_with_a_line_that_says_what_was_kept(number, status, moment, tmp_path):
-    flags = ("--epochs", "500") if moment != "Epoch:1/" else ("--seeds", "500")
-    run = subprocess.Popen(command(tmp_path, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert run.stdout is not None
-    for line in run.stdout:
-        if line.startswith(moment if moment == "k %" else "seed 1"):
-            run.send_signal(number)
-            break
-    _, errors = run.communicate(timeout=60)
-    assert run.returncode == status
-    assert "Traceback" not in errors
-    assert ("digits_model.bin" if moment != "k %" else "nothing was written yet") in errors
+@pytest.mark.parametrize(
+    ("flags", "moment", "kept"),
+    [("--epochs 500", "k %", "nothing was written yet"), ("--seeds 500", "seed 1,", "written: ")],
+)
+def test_a_signal_ends_the_run_with_a_line_that_says_what_was_kept(number, status, flags, moment, kept, tmp_path):
+    run = Run(tmp_path / "run", *flags.split())
+    assert run.prints(moment)
+    run.signal(number)
+    with contextlib.suppress(ProcessLookupError):
+        run.signal(number)  # some are impatient
+    assert run.end() == status
+    assert run.errors.splitlines()[1].startswith(f"train.py: stopped; {kept}")
+    assert len(run.errors.splitlines()) <= 4 and "Traceback" not in run.errors
+    assert ("digits_model.bin" in run.errors) == ("written" in kept and "nothing" not in kept)
 
 
-def test_a_signal_during_the_imports_is_no_traceback(tmp_path):
+def test_a_signal_during_the_imports_is_no_traceback():
     code = (
         "import sys, signal, os; sys.path.insert(0, 'src'); sys.argv = ['train.py']\n"
         "class Slow:\n"
@@ -66,50 +72,73 @@ def test_a_signal_during_the_imports_is_no_traceback(tmp_path):
         "sys.meta_path.insert(0, Slow())\n"
         "import runpy; runpy.run_path('src/train.py', run_name='__main__')\n"
     )
-    done = finish([sys.executable, "-c", code], cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 130
-    assert "stopped; nothing was written yet" in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr == "\ntrain.py: stopped; nothing was written yet\n"
 
 
-def test_a_closed_pipe_does_not_end_the_run(tmp_path):
-    run = subprocess.Popen(command(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert run.stdout is not None and run.stderr is not None
-    run.stdout.readline()
-    run.stdout.close()  # as `| head -1` does
-    with run.stderr as stream:
-        errors = stream.read().decode()
-    assert run.wait() == 0, errors
-    assert errors == ""
-    assert (tmp_path / "p" / "digits_accuracy_sparsity.png").exists()
+def print_to(pipe: Path) -> None:
+    os.dup2(os.open(pipe, os.O_WRONLY), 1)
 
 
-def test_a_log_file_gets_no_progress_bar_and_a_c_locale_gets_its_table(tmp_path):
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("DISPLAY", "LANG", "PYTHONIOENCODING")
-    }
+def test_a_closed_pipe_does_not_end_the_run_and_a_log_file_gets_no_bar(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    run = Run(tmp_path / "run", fault=functools.partial(print_to, tmp_path / "pipe"))
+    with (tmp_path / "pipe").open() as reader:  # `| head -1`
+        assert reader.readline()
+    assert run.end() == 0
+    assert run.errors == ""  # where a terminal would have the bar
+    assert (tmp_path / "run" / "p" / "digits_accuracy_sparsity.png").exists()
+
+
+def test_a_strange_shell_and_a_source_tree_that_is_left_alone(tmp_path):
+    """A log file for a terminal, a C locale, no display, paths of all kinds, and sources that are read-only."""
+    odd, log = tmp_path / "a b\nc ö 数", tmp_path / "log"
+    tree = odd / "tree"
+    shutil.copytree(ROOT / "src", tree / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    (tree / "inputs").mkdir()
+    shutil.copy(ROOT / "inputs" / "digits.npz", tree / "inputs")
+    for path in (tree, *tree.rglob("*")):
+        path.chmod(path.stat().st_mode & ~0o222)  # root may write nevertheless
+    unset = ("DISPLAY", "LANG", "LC_CTYPE", "PYTHONIOENCODING")
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
     environment |= {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-    done = finish(command(tmp_path, "--seeds", "2"), env=environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    assert "it/s" not in done.stdout and "\r" not in done.stdout
-    assert " ? " in done.stdout  # the ± that this locale does not have
-
-
-def test_any_path_will_do(tmp_path):
-    folder = tmp_path / "a b\nc ö 数"
-    folder.mkdir()
-    done = finish(command(folder), cwd=folder)
-    assert done.returncode == 0, done.stderr
-    assert (folder / "p" / "digits_accuracy_sparsity.csv").exists()
+    command = [sys.executable, "-B", str(tree / "src" / "train.py"), *flags_for(odd, "--model", str(good_model(odd)))]
+    with log.open("w") as stream:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.PIPE, env=environment, cwd=tmp_path
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
+    text = log.read_text(encoding="ascii")
+    assert "c ?? ???" in text  # the path, as far as this locale has its letters
+    assert {path.name for path in odd.iterdir()} == {"tree", "m", "p", "model.bin"}
+    assert (odd / "p" / "digits_accuracy_sparsity.csv").exists()
+    assert {path.name for path in tree.iterdir()} == {"src", "inputs"}
+    for folder in (tree, tree / "src", tree / "inputs"):
+        folder.chmod(0o755)  # for whoever tidies up
 
 
 def test_two_runs_at_once_both_end_well(tmp_path):
-    runs = [subprocess.Popen(command(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
-    for run in runs:
-        _, errors = run.communicate()
-        assert run.returncode == 0, errors
-    assert NeuralNetwork.from_state_dict(torch.load(tmp_path / "m" / "digits_model.bin", weights_only=True))
-    assert not [path for path in tmp_path.rglob("*") if path.suffix == ".tmp"]
+    runs = [Run(tmp_path / "run") for _ in range(2)]
+    assert [run.end() for run in runs] == [0, 0], [run.errors for run in runs]
+    left = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(left) == 5 and not [path for path in left if path.name.startswith(".")]
+    state = torch.load(tmp_path / "run" / "m" / "digits_model.bin", weights_only=True)
+    assert NeuralNetwork.from_state_dict(state)
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    """The later one wins, whole; and a run that starts meanwhile takes neither for what a killed run has left."""
+    path = tmp_path / "file"
+    with utils.atomic_write(path) as first:
+        with utils.atomic_write(path) as second:
+            assert first != second
+            first.write_text("first")
+            second.write_text("second")
+            utils.prepare_folder(tmp_path)
+        assert path.read_text() == "second"
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 # ── folders and disks ──
@@ -118,40 +147,122 @@ def test_two_runs_at_once_both_end_well(tmp_path):
 @pytest.mark.parametrize("folder", ["--models", "--plots"])
 def test_a_file_in_a_folders_place_is_told_before_any_training(folder, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
-    assert main(tmp_path, folder, str(tmp_path / "file")) == 1
-    assert str(tmp_path / "file") in one_line(capsys)
+    for place in (tmp_path / "file", tmp_path / "file" / "below", Path(os.devnull)):
+        assert main(tmp_path, folder, str(place)) == 1
+        assert str(place) in one_line(capsys)
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def be_nobody() -> None:
+    if os.geteuid() == 0:  # to root everything is writable
+        os.seteuid(65534)
+
+
 def test_a_folder_that_cannot_be_written_to_is_told_before_any_training(tmp_path):
-    (tmp_path / "p").mkdir(mode=0o555)
-    code = (
-        "import os, sys; import train\n"
-        "if os.geteuid() == 0: os.seteuid(65534)\n"  # to root everything is writable
-        "sys.exit(train.main(sys.argv[1:]))\n"
-    )
-    tmp_path.chmod(0o777)
-    for parent in tmp_path.parents[:3]:
+    folder = tmp_path / "run" / "p"
+    folder.mkdir(parents=True)
+    folder.chmod(0o555)
+    folder.parent.chmod(0o777)
+    for parent in folder.parents[1:4]:
         parent.chmod(parent.stat().st_mode | 0o111)
-    arguments = [sys.executable, "-c", code, *command(tmp_path)[2:]]
-    done = finish(arguments, env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, cwd=ROOT)
-    assert done.returncode == 1, done.stderr
-    assert str(tmp_path / "p") in done.stderr and done.stderr.count("\n") == 1
-    assert "Epoch" not in done.stdout
+    run = Run(tmp_path / "run", fault=be_nobody)
+    assert run.end() == 1
+    assert str(folder) in run.errors and run.errors.count("\n") == 1
+    assert run.output == ""
 
 
-def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "digits_model.bin").write_text("old")
+def files_stay_small(name: str, *, deadly: bool) -> None:
+    """Files whose names end so cannot grow past 50 bytes: the write fails as on a full disk, or kills the process."""
+    original = utils.atomic_write
+    if deadly:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
 
-    def small_files_only() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+    @contextlib.contextmanager
+    def limited(path: Path) -> Iterator[Path]:
+        with original(path) as temporary:
+            _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+            if path.name.endswith(name):
+                resource.setrlimit(resource.RLIMIT_FSIZE, (50, most))
+            try:
+                yield temporary
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
-    done = finish(command(tmp_path), preexec_fn=small_files_only)
-    assert done.returncode == 1
-    assert "digits_model.bin" in done.stderr and done.stderr.count("\n") == 1
-    assert [path.name for path in (tmp_path / "m").iterdir()] == ["digits_model.bin"]
-    assert (tmp_path / "m" / "digits_model.bin").read_text() == "old"
+    for module in {"utils", "train", "compress", "results"} & sys.modules.keys():
+        if hasattr(sys.modules[module], "atomic_write"):
+            sys.modules[module].atomic_write = limited  # type: ignore[attr-defined]
+
+
+WRITTEN = {  # by the flags of the run that writes it
+    "digits_model.bin": "", "digits_model.json": "", "digits_unit_50.bin": "--keep unit:50 --model",
+    "digits_seed0.json": "--model", "digits_accuracy_sparsity.csv": "--model",
+    "digits_accuracy_sparsity.png": "--model", "digits_accuracy_weights.png": "--model",
+}  # fmt: skip
+
+
+def with_old_files(folder: Path, name: str) -> list[str]:
+    """Flags for a run, and every file that it could replace."""
+    for path in (folder / "m" / name, folder / "p" / name):
+        path.parent.mkdir(parents=True)
+        path.write_text("old")
+    flags = WRITTEN[name].split()
+    return [*flags, str(good_model(folder))] if "--model" in flags else flags
+
+
+def old_files(folder: Path, name: str) -> list[str]:
+    return [path.read_text() for path in (folder / "m" / name, folder / "p" / name)]
+
+
+@pytest.fixture
+def atomic_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts the originals back."""
+    for module in (utils, sys.modules["compress"], sys.modules["results"]):
+        monkeypatch.setattr(module, "atomic_write", utils.atomic_write)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_full_disk_leaves_the_old_file_whole(name, tmp_path, capsys, atomic_writes):
+    flags = with_old_files(tmp_path, name)
+    files_stay_small(name, deadly=False)
+    assert main(tmp_path, *flags) == 1
+    message = one_line(capsys)
+    assert name in message and os.strerror(errno.EFBIG) in message
+    assert old_files(tmp_path, name) == ["old", "old"]
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("name", [name for name in WRITTEN if name != "digits_accuracy_weights.png"])
+def test_a_run_killed_in_the_middle_of_a_file_leaves_the_old_one_whole(name, tmp_path):
+    flags = with_old_files(tmp_path / "run", name)
+    run = Run(tmp_path / "run", *flags, fault=functools.partial(files_stay_small, name, deadly=True))
+    assert run.end() == -signal.SIGXFSZ
+    assert old_files(tmp_path / "run", name) == ["old", "old"]
+    (litter,) = (tmp_path / "run").rglob("*.tmp")
+    assert litter.stat().st_size == 50
+    utils.prepare_folder(litter.parent)
+    assert not litter.exists()
+
+
+# ── data that cannot be had ──
+
+
+@pytest.fixture
+def no_mirrors(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = SimpleNamespace(MNIST=SimpleNamespace(mirrors=[], resources=[]))
+    monkeypatch.setitem(sys.modules, "torchvision", datasets)
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", datasets)
+
+
+def test_without_mnist_the_run_ends_or_says_that_digits_took_its_place(tmp_path, capsys, no_mirrors):
+    inputs = tmp_path / "not" / "there"
+    assert main(tmp_path, "--inputs", str(inputs), "--dataset", "mnist") == 1
+    message = one_line(capsys)
+    assert "train-images-idx3-ubyte" in message and f"Put the four .gz files of MNIST into {inputs}" in message
+    assert not list(tmp_path.rglob("*.*"))
+    model = good_model(tmp_path)
+    assert main(tmp_path, "--inputs", str(inputs), "--dataset", "auto", "--model", str(model)) == 0
+    assert capsys.readouterr().out.count("These are NOT MNIST results") == 2
+    assert {path.name.partition("_")[0] for path in (tmp_path / "p").iterdir()} == {"digits"}
 
 
 # ── files from strangers ──
@@ -166,19 +277,28 @@ class Malicious:
 
 
 def bad_model(kind: str, folder: Path) -> Path:
-    path = folder / "model.bin"
-    state = NeuralNetwork((784, 30, 10)).state_dict()
-    if kind == "missing":
+    path = good_model(folder)
+    state = torch.load(path, weights_only=True)
+    if kind in ("missing", "a folder"):
+        path.unlink()
+        if kind == "a folder":
+            path.mkdir()
         return path
     if kind == "malicious":
         path.write_bytes(pickle.dumps(Malicious(folder / "executed")))
+        return path
+    if kind == "malicious, zipped":
+        torch.save({"fc1.weight": Malicious(folder / "executed")}, path)
+        return path
+    if kind == "compressed":
+        save_compressed(NeuralNetwork((784, 30, 10)), path)
         return path
     if kind == "wrong dtype":
         state["fc1.weight"] = state["fc1.weight"].long()
     if kind == "NaN":
         state["fc2.weight"][0, 0] = torch.nan
     if kind == "another architecture":
-        state = torch.nn.Linear(784, 10).state_dict()
+        state = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2)).state_dict()
     if kind == "another width":
         state = NeuralNetwork((784, 30, 7)).state_dict()
     torch.save([1, 2] if kind == "a list" else state, path)
@@ -193,9 +313,12 @@ def bad_model(kind: str, folder: Path) -> Path:
     ("kind", "words"),
     [
         ("missing", "model.bin"),
+        ("a folder", "model.bin"),
         ("malicious", "model.bin is not a model file"),
+        ("malicious, zipped", "model.bin is not a model file"),
         ("cut short", "model.bin is not a model file"),
         ("empty", "model.bin is not a model file"),
+        ("compressed", "model.bin is not a model file"),
         ("a list", "model.bin is not a model file"),
         ("wrong dtype", "fc1.weight must be a floating-point matrix"),
         ("NaN", "fc2.weight has NaN"),
@@ -204,11 +327,29 @@ def bad_model(kind: str, folder: Path) -> Path:
     ],
 )
 def test_a_bad_model_file_is_told_in_one_line(kind, words, tmp_path, capsys):
-    flags = ["--dataset", "digits", "--model", str(bad_model(kind, tmp_path))]
-    assert train.main([*flags, "--models", str(tmp_path / "m"), "--plots", str(tmp_path / "p")]) == 1
+    assert main(tmp_path, "--model", str(bad_model(kind, tmp_path))) == 1
     message = one_line(capsys)
     assert words in message and "model.bin" in message
     assert not (tmp_path / "executed").exists()
+
+
+BAD_MASKS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
+    "of another model": (lambda masks: {"fc9.weight": masks["fc1.weight"]}, "no parameter 'fc9.weight'"),
+    "of another width": (lambda masks: masks | {"fc2.weight": masks["fc1.weight"]}, r"fc2.weight must be .*\(6, 5\)"),
+    "wrong dtype": (lambda masks: masks | {"fc2.weight": masks["fc2.weight"].float()}, "fc2.weight must be a boolean"),
+    "a list": (lambda masks: list(masks.values()), "must be a dict"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_MASKS)
+def test_bad_masks_from_a_file_are_told_and_change_nothing(kind, tmp_path):
+    model = NeuralNetwork((4, 5, 6, 2))
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    spoil, words = BAD_MASKS[kind]
+    torch.save(spoil(prune.find_masks(model, "weight", 0.5)), tmp_path / "masks.bin")
+    with pytest.raises((ValueError, TypeError), match=words):
+        prune.apply_masks(model, torch.load(tmp_path / "masks.bin", weights_only=True))
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
 # ── settings that only the machine, the network or the training can refuse ──
@@ -236,24 +377,24 @@ def test_divergence_ends_the_run_with_its_epoch_and_earlier_files_untouched(tmp_
 
 
 def test_a_layer_that_is_emptied_is_named_and_truly_measured(tmp_path, recwarn):
-    assert main(tmp_path, "--k", "100", "--skip", "fc1", "fc5") == 0
-    assert any("fc2" in str(warning.message) for warning in recwarn)
+    model = good_model(tmp_path)
+    assert main(tmp_path, "--k", "100", "100", "--skip", "fc2", "--model", str(model)) == 0
+    assert any("fc1" in str(warning.message) for warning in recwarn)
     last = (tmp_path / "p" / "digits_accuracy_sparsity.csv").read_text().splitlines()[-1].split(",")
     chance = float(last[6])
     assert last[1:6] == ["unit", "layer", "100", "100", "0"] and 5 < chance < 15
 
 
 def test_a_gpu_without_memory_is_told_what_to_set(tmp_path, capsys, monkeypatch):
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(train, "_train_network", full)
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", full)
     assert main(tmp_path) == 1
-    assert "--batch-size" in one_line(capsys)
+    message = one_line(capsys)
+    assert "--batch-size" in message and "--device cpu" in message
 
 
 def test_a_gpu_too_old_for_bf16_trains_in_fp32(monkeypatch):
-    import utils
-
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     assert utils.pick_precision("auto", torch.device("cuda")) == torch.float32

@@ -1,0 +1,86 @@
+"""Runs of train.py in processes of their own, forked from one that has imported torch, so that they start at once."""
+
+import itertools
+import multiprocessing
+import os
+import runpy
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from conftest import ROOT
+from tqdm import tqdm
+
+FORKS = multiprocessing.get_context("forkserver")  # which imports these, and does nothing else, in a single thread
+FORKS.set_forkserver_preload(["torch._dynamo", "tqdm", "matplotlib.backends.backend_agg", "pytest"])
+NUMBER = itertools.count()
+
+
+def flags_for(folder: Path, *flags: str) -> list[str]:
+    """A quick run on the digits that writes into m/ and p/ of a folder."""
+    quick = ["--dataset", "digits", "--k", "90", *(() if "--model" in flags else ("--epochs", "1"))]
+    return [*quick, "--models", str(folder / "m"), "--plots", str(folder / "p"), *flags]
+
+
+def nothing() -> None:
+    pass
+
+
+class Run:
+    """A run of train.py that has just been started.
+
+    Args:
+        folder: where it writes; its output goes to files beside it.
+        flags: added to those of `flags_for`.
+        fault: what befalls the process before the run; a function of a module, perhaps in a functools.partial.
+    """
+
+    def __init__(self, folder: Path, *flags: str, fault: Callable[[], object] = nothing) -> None:
+        self.log = folder.with_name(f"{folder.name}.{next(NUMBER)}")
+        self.process = FORKS.Process(target=_run, args=(flags_for(folder, *flags), self.log, fault), daemon=True)
+        self.process.start()
+
+    @property
+    def output(self) -> str:
+        return Path(f"{self.log}.output").read_text(encoding="utf-8")
+
+    @property
+    def errors(self) -> str:
+        return Path(f"{self.log}.errors").read_text(encoding="utf-8")
+
+    def wait_for(self, happens: Callable[[], object]) -> bool:
+        """Whether something happens before the run ends; FileNotFoundError means not yet."""
+        while self.process.is_alive():
+            try:
+                if happens():
+                    return True
+            except FileNotFoundError:
+                pass
+            time.sleep(1e-4)
+        return False
+
+    def prints(self, text: str) -> bool:
+        return self.wait_for(lambda: text in self.output)
+
+    def signal(self, number: int) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def end(self) -> int:
+        """The exit status, negative for the signal that ended it."""
+        self.process.join(timeout=120)
+        assert self.process.exitcode is not None, "it hangs"
+        return self.process.exitcode
+
+
+def _run(flags: list[str], log: Path, fault: Callable[[], object]) -> None:
+    for descriptor, kind in ((1, "output"), (2, "errors")):
+        os.dup2(os.open(f"{log}.{kind}", os.O_WRONLY | os.O_CREAT), descriptor)
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8")
+    sys.stderr = os.fdopen(2, "w", encoding="utf-8", buffering=1)
+    tqdm.set_lock(threading.RLock())  # its own lock is shared between processes, and outlives one that is killed
+    fault()
+    sys.argv = ["train.py", *flags]
+    runpy.run_path(str(ROOT / "src" / "train.py"), run_name="__main__")
