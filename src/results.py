@@ -299,7 +299,7 @@ def _plot_accuracy(
     panels[0].set_ylim(dense - NEAR_POINTS, min(dense + NEAR_POINTS / 4, 100))
     panels[1].set_ylim(0, 104)
     _name_level(panels[0], dense, f"dense {dense:.2f} %", 0.995)
-    _name_level(panels[0], dense - FLAT_POINTS, f"{FLAT_POINTS} points below", 0.995)
+    _name_level(panels[0], dense - FLAT_POINTS, f"{FLAT_POINTS} points below", 0.995, below=True)
     _name_level(panels[1], CHANCE, f"chance {CHANCE:.0f} %", 0.005)
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     _add_legend(figure, panels[1])
@@ -311,11 +311,11 @@ def _add_legend(figure: "Figure", axes: "Axes") -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
 
 
-def _name_level(axes: "Axes", level: float, name: str, end: float) -> None:
-    """Name a horizontal line above its left (end = 0) or right (1) end."""
+def _name_level(axes: "Axes", level: float, name: str, end: float, *, below: bool = False) -> None:
+    """Name a horizontal line above or below its left (end = 0) or right (1) end."""
     axes.annotate(
-        name, (end, level), (0, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
-        fontsize=8, color="0.4", ha="right" if end > 0.5 else "left", va="bottom",
+        name, (end, level), (0, -2 if below else 2), xycoords=("axes fraction", "data"), textcoords="offset points",
+        fontsize=8, color="0.4", ha="right" if end > 0.5 else "left", va="top" if below else "bottom",
     )  # fmt: skip
 
 
