@@ -602,8 +602,8 @@ def main() -> None:
     command.add_argument("--inputs", type=Path, default=ROOT / "inputs", help="folder of MNIST/")
     command.set_defaults(run=train)
     command = commands.add_parser("inference", help="shrunk and sparse networks, beside dense ones and torch-pruning's")
-    command.add_argument("--rounds", type=int, default=25, help="turns, in each of which every network is measured")
-    command.add_argument("--seconds", type=float, default=0.03, help="of each measurement")
+    command.add_argument("--rounds", type=int, default=20, help="turns, in each of which every network is measured")
+    command.add_argument("--seconds", type=float, default=0.02, help="of each measurement")
     command.add_argument(
         "--model", type=Path, default=ROOT / "models" / "mnist_model.bin", help="model file, if it exists"
     )
