@@ -145,7 +145,7 @@ FUNCTIONS: list[Callable[..., Any]] = [
     NeuralNetwork.from_state_dict, *METHODS,
 ]  # fmt: skip
 assert set(public(engine)) == {Engine}
-WEIGHTS = [0.2 if "plot" in function.__name__ else 1 for function in FUNCTIONS]  # those are slow
+WEIGHTS = [0.1 if "plot" in function.__name__ else 1 for function in FUNCTIONS]  # those are slow
 PARAMETERS = {function: list(inspect.signature(function).parameters.values()) for function in FUNCTIONS}
 THEIRS = {compress.latency: {"RuntimeError"}}  # what torch says to a batch that does not fit the model
 DOCUMENTED = {
@@ -218,6 +218,13 @@ def test_public_functions_raise_what_they_document_and_change_nothing(tmp_path_f
     else:
         if function not in (prune.apply_masks, train_epoch):  # which are there to change their argument
             assert frozen(given) == before
+
+
+def test_targets_that_would_be_compared_with_every_image_are_refused():
+    images = torch.rand(2, 4)
+    for run in (evaluate, train_epoch):
+        with pytest.raises(ValueError, match=r"expected 2 targets, one an image, got shape \(2, 1\)"):
+            run(NeuralNetwork((4, 3, 2)), [(images, torch.tensor([[0], [1]]))])
 
 
 # ── the command line ──

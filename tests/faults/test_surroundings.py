@@ -293,6 +293,11 @@ def bad_model(kind: str, folder: Path) -> Path:
     if kind == "compressed":
         save_compressed(NeuralNetwork((784, 30, 10)), path)
         return path
+    if kind == "a whole model":
+        torch.save(NeuralNetwork((784, 30, 10)), path)
+        return path
+    if kind == "sparse":
+        state["fc1.weight"] = state["fc1.weight"].to_sparse()
     if kind == "wrong dtype":
         state["fc1.weight"] = state["fc1.weight"].long()
     if kind == "NaN":
@@ -320,6 +325,8 @@ def bad_model(kind: str, folder: Path) -> Path:
         ("empty", "model.bin is not a model file"),
         ("compressed", "model.bin is not a model file"),
         ("a list", "model.bin is not a model file"),
+        ("a whole model", "a state_dict is needed"),
+        ("sparse", "fc1.weight must be a floating-point matrix (out, in), and dense"),
         ("wrong dtype", "fc1.weight must be a floating-point matrix"),
         ("NaN", "fc2.weight has NaN"),
         ("another architecture", "expected fc1.weight"),
@@ -330,6 +337,7 @@ def test_a_bad_model_file_is_told_in_one_line(kind, words, tmp_path, capsys):
     assert main(tmp_path, "--model", str(bad_model(kind, tmp_path))) == 1
     message = one_line(capsys)
     assert words in message and "model.bin" in message
+    assert "weights_only" not in message  # torch advises to switch it off
     assert not (tmp_path / "executed").exists()
 
 
