@@ -36,10 +36,12 @@ SAMPLED = 2**12  # more scores than these are worth a sample that narrows down w
 def _norm(weight: Tensor) -> Tensor:
     """L2 norm of each unit: (units, …) → (units,), in fp32 for half precision."""
     weight = weight.unsqueeze(-1)  # for weights of one dimension
-    rows = max(BLOCK // max(weight[:1].numel(), 1), 1) if weight.is_cpu else max(len(weight), 1)
     dims, dtype = tuple(range(1, weight.dim())), _widest(weight)
-    # torch converts half precision as a whole
-    return torch.cat([torch.linalg.vector_norm(part, dim=dims, dtype=dtype) for part in weight.split(rows)])
+    rows = len(weight)
+    if weight.is_cpu and weight.element_size() < 4 and weight.numel() > 4 * BLOCK:
+        rows = max(4 * BLOCK // weight[0].numel(), 1)  # torch would convert all of them first
+    parts = [torch.linalg.vector_norm(part, dim=dims, dtype=dtype) for part in weight.split(max(rows, 1))]
+    return torch.cat(parts)
 
 
 def _relative_norm(weight: Tensor) -> Tensor:
@@ -517,9 +519,11 @@ def _select(scores: Sequence[_Scores], sparsity: float) -> list[Tensor]:
     starts = [0, *itertools.accumulate(each.tensor.numel() for each in scores)]
     total, dtype = starts[-1], _widest(*(each.tensor for each in scores))
     count = round(sparsity * total)
+    if total <= SAMPLED:
+        return _sorted(scores, count, dtype)
     sample, drawn = _sample(scores, starts, dtype)
-    expected = len(sample) * count / max(total, 1)  # rank in the sample of the last one to prune
-    margin = 2.5 * (math.sqrt(expected * (1 - count / max(total, 1))) + 1)  # so many standard deviations of it
+    expected = len(sample) * count / total  # rank in the sample of the last one to prune
+    margin = 2.5 * (math.sqrt(expected * (1 - count / total)) + 1)  # so many standard deviations of it
     while True:
         low, high = (_ranked(sample, drawn, math.ceil(expected + side)) for side in (-margin, margin))
         parts = [_compared(each, start, low, high, dtype) for each, start in zip(scores, starts, strict=False)]
@@ -537,13 +541,21 @@ def _select(scores: Sequence[_Scores], sparsity: float) -> list[Tensor]:
     return list(masks)
 
 
+def _sorted(scores: Sequence[_Scores], count: int, dtype: torch.dtype) -> list[Tensor]:
+    """What `_select` returns, at less expense if there are few scores."""
+    values = [_array(each.ranked_by(each.tensor.reshape(-1), dtype)) for each in scores]
+    keep = np.ones(sum(map(len, values)), bool)
+    keep[np.concatenate(values).argsort(kind="stable")[:count]] = False
+    parts = torch.from_numpy(keep).split(list(map(len, values)))
+    return [part.view(each.tensor.shape).to(each.tensor.device) for each, part in zip(scores, parts, strict=True)]
+
+
 def _sample(scores: Sequence[_Scores], starts: Sequence[int], dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Scores from all over and their places, in order of these; none where it takes as long to rank all."""
-    size = int(starts[-1] ** (2 / 3)) if starts[-1] > SAMPLED else 0
-    steps = np.arange(size)
+    """Scores from all over and their places, in order of these."""
+    steps = np.arange(int(starts[-1] ** (2 / 3)))
     shifts = steps * GOLDEN  # their fractions are spread evenly, and out of step with any pattern in the weights
-    places = ((steps + shifts - np.floor(shifts)) * ((starts[-1] - 1) / max(size, 1))).astype(int)
-    sample = [np.empty(0, np.float32)]
+    places = ((steps + shifts - np.floor(shifts)) * ((starts[-1] - 1) / len(steps))).astype(int)
+    sample = []
     for each, start, (first, last) in zip(scores, starts, _edges(places, starts), strict=False):
         spots = torch.from_numpy(places[first:last] - start).to(each.tensor.device)
         part = each.tensor.reshape(-1).index_select(0, spots)
