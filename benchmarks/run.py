@@ -71,29 +71,35 @@ def alternate(
 ) -> dict[str, Timing]:
     """Time several ways of doing the same thing in turns, so that what else the machine does hits all of them.
 
+    Calls of microseconds are repeated within a turn, or all that is measured is how long the caches take to fill.
+
     Args:
         sides: what to time, by name; each is called with what `prepare` returns.
-        prepare: called anew, untimed, before every call of a side.
+        prepare: called anew, untimed, for every call of a side.
         seconds: about how long to go on, within the limits of `rounds`.
-        rounds: least and most calls of each side, after one that isn't counted.
+        rounds: least and most turns of each side, after one that counts only if it is the only one.
     """
     taken: dict[str, list[float]] = {name: [] for name in sides}
-    start = time.perf_counter()
+    start, calls = time.perf_counter(), 1
     for number in range(rounds[1] + 1):
         for name, side in sides.items():
-            state = prepare()
-            gc.collect()
-            began = time.perf_counter()
-            result = side(state)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            elapsed = time.perf_counter() - began
-            del result, state
-            if number:  # the first call warms up
-                taken[name].append(elapsed)
+            taken[name].append(_seconds(side, [prepare() for _ in range(calls)]))
         if number >= rounds[0] and time.perf_counter() - start > seconds:
             break
-    return {name: Timing(statistics.median(times), min(times), max(times)) for name, times in taken.items()}
+        calls = 1 + int(0.01 / min(times[-1] for times in taken.values()))
+    counted = {name: times[1:] or times for name, times in taken.items()}
+    return {name: Timing(statistics.median(times), min(times), max(times)) for name, times in counted.items()}
+
+
+def _seconds(side: Callable[[Any], object], states: Sequence[Any]) -> float:
+    """How long a side takes with one of the states, on average."""
+    gc.collect()
+    began = time.perf_counter()
+    for state in states:
+        side(state)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) / len(states)
 
 
 def peak_memory(function: Callable[..., Callable[[], object]], *arguments: Any) -> float:
@@ -201,7 +207,7 @@ def _layer_row(size: int, sparsity: float) -> dict[str, object]:
         "prune.py": lambda layer: prune.weight_mask(layer.weight, sparsity),
         "torch": lambda layer: torch_prune.l1_unstructured(layer, "weight", sparsity),
     }
-    took = alternate(sides, lambda: _holder(weight))
+    took = alternate(sides, lambda: _holder(weight), rounds=(2, 25))
     limit = alternate({"limit": lambda _: (weight.sum(), np.ones(size, bool))}, seconds=1)["limit"]
     return {"weights": f"{size / 1e6:,.0f} M", "sparsity": sparsity, **took, "ratio": _ratio(took), "limit": limit}
 
@@ -246,7 +252,7 @@ def _global_row(count: int) -> dict[str, object]:
     sides = {"prune.py": _ours, "torch": _torch}
     if 56 * size > os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):  # torch takes about 52 bytes a weight
         del sides["torch"]
-    took = alternate(sides, lambda: _stack(weights), rounds=(1, 5) if count > 1 else (3, 25))
+    took = alternate(sides, lambda: _stack(weights), rounds=(2 if size <= 2**26 else 0, 25))
     weights.clear()
     masks = {"prune.py": size, "torch": 4 * size}  # torch's are floats
     over = {name: (peak_memory(_ready, side, count) - masks[name]) / GIB for name, side in sides.items()}
@@ -590,8 +596,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("masks", help="making masks, beside torch.nn.utils.prune")
-    command.add_argument("--max-weights", type=lambda text: int(float(text)), default=2**28, help="largest model")
-    command.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.8, 0.95], help="for the single layers")
+    command.add_argument("--max-weights", type=lambda text: int(float(text)), default=2**30, help="largest model")
+    command.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.8], help="for the single layers")
     command.set_defaults(run=masks)
     command = commands.add_parser("train", help="the main job, beside an ordinary script and the matrix-product limit")
     workers = sorted({0, 1, 2, os.cpu_count() or 1})

@@ -36,12 +36,11 @@ SAMPLED = 2**12  # more scores than these are worth a sample that narrows down w
 def _norm(weight: Tensor) -> Tensor:
     """L2 norm of each unit: (units, …) → (units,), in fp32 for half precision."""
     weight = weight.unsqueeze(-1)  # for weights of one dimension
-    dims, dtype = tuple(range(1, weight.dim())), _widest(weight)
-    rows = len(weight)
-    if weight.is_cpu and weight.element_size() < 4 and weight.numel() > 4 * BLOCK:
-        rows = max(4 * BLOCK // weight[0].numel(), 1)  # torch would convert all of them first
-    parts = [torch.linalg.vector_norm(part, dim=dims, dtype=dtype) for part in weight.split(max(rows, 1))]
-    return torch.cat(parts)
+    norm = functools.partial(torch.linalg.vector_norm, dim=tuple(range(1, weight.dim())), dtype=_widest(weight))
+    if weight.element_size() >= 4 or weight.numel() <= 4 * BLOCK or not weight.is_cpu:
+        return norm(weight)
+    # torch converts half precision as a whole before it takes norms
+    return torch.cat([norm(rows) for rows in weight.split(max(4 * BLOCK // weight[0].numel(), 1))])
 
 
 def _relative_norm(weight: Tensor) -> Tensor:
@@ -468,20 +467,22 @@ def _seeded(generator: torch.Generator | None, weights: Iterable[_Weight]) -> It
 
 
 class _Scores(NamedTuple):
-    """What a weight, or its units, are ranked by."""
+    """What a weight, or its units, are ranked by. Places count through all scores that are ranked together."""
 
     name: str
     weight: Tensor
     scores: Tensor | None = None  # None: the weight's magnitudes
+    start: int = 0  # place of the first score
+    dtype: torch.dtype = torch.float32  # to compare in
 
     @property
     def tensor(self) -> Tensor:
         """The scores, but for their signs if they are magnitudes."""
         return self.weight if self.scores is None else self.scores
 
-    def ranked_by(self, part: Tensor, dtype: torch.dtype) -> Any:
-        """Scores of a part of the tensor: an array on the CPU, where NumPy ranks faster."""
-        scores = _native(part.to(dtype))
+    def ranked(self, part: Tensor) -> Any:
+        """Scores of a part of the tensor: an array on the CPU, where NumPy is faster, and a tensor elsewhere."""
+        scores = _native(part.to(self.dtype))
         if self.scores is None:
             scores = _library(scores).abs(scores)
         if len(scores) and not math.isfinite(largest := scores.max()):
@@ -489,6 +490,11 @@ class _Scores(NamedTuple):
             if math.isnan(largest):
                 raise ValueError(f"the scores of {self.name} contain NaN")
         return scores
+
+    def found(self, places: np.ndarray) -> tuple[slice, Tensor]:
+        """Which of these ascending places are here, and their indices into the flat tensor."""
+        here = slice(*np.searchsorted(places, (self.start, self.start + self.tensor.numel())))
+        return here, torch.from_numpy(places[here] - self.start).to(self.tensor.device)
 
 
 def _scored(weight: _Weight, score: Callable[[Tensor], Tensor]) -> _Scores:
@@ -517,58 +523,50 @@ def _select(scores: Sequence[_Scores], sparsity: float) -> list[Tensor]:
     Source: Floyd and Rivest, "Expected Time Bounds for Selection" (1975).
     """
     starts = [0, *itertools.accumulate(each.tensor.numel() for each in scores)]
-    total, dtype = starts[-1], _widest(*(each.tensor for each in scores))
+    total, dtype = starts.pop(), _widest(*(each.tensor for each in scores))
     count = round(sparsity * total)
+    scores = [each._replace(start=start, dtype=dtype) for each, start in zip(scores, starts, strict=True)]
     if total <= SAMPLED:
-        return _sorted(scores, count, dtype)
-    sample, drawn = _sample(scores, starts, dtype)
+        return _sorted(scores, count)
+    sample, drawn = _sample(scores, total)
     expected = len(sample) * count / total  # rank in the sample of the last one to prune
     margin = 2.5 * (math.sqrt(expected * (1 - count / total)) + 1)  # so many standard deviations of it
     while True:
-        low, high = (_ranked(sample, drawn, math.ceil(expected + side)) for side in (-margin, margin))
-        parts = [_compared(each, start, low, high, dtype) for each, start in zip(scores, starts, strict=False)]
-        masks, kept, *found = zip(*parts, strict=True)
+        low, high = (_at_rank(sample, drawn, math.ceil(expected + side)) for side in (-margin, margin))
+        masks, kept, *found = zip(*(_compared(each, low, high) for each in scores), strict=True)
         between, places = map(np.concatenate, found)
         excess = count - (total - sum(kept) - len(between))  # how many of those between to prune
         if 0 <= excess <= len(between):
             break
         margin *= 4
     keep = np.empty(len(between), bool)
-    _behind(between, _ranked(between, range(len(between)), excess - 1), 0, keep)
-    for mask, start, (first, last) in zip(masks, starts, _edges(places, starts), strict=False):
-        spots, kept = torch.from_numpy(places[first:last] - start), torch.from_numpy(keep[first:last])
-        mask.view(-1).index_copy_(0, spots.to(mask.device), kept.to(mask.device))
+    _behind(between, _at_rank(between, range(len(between)), excess - 1), 0, keep)
+    for each, mask in zip(scores, masks, strict=True):
+        here, indices = each.found(places)
+        mask.view(-1).index_copy_(0, indices, torch.from_numpy(keep[here]).to(mask.device))
     return list(masks)
 
 
-def _sorted(scores: Sequence[_Scores], count: int, dtype: torch.dtype) -> list[Tensor]:
+def _sorted(scores: Sequence[_Scores], count: int) -> list[Tensor]:
     """What `_select` returns, at less expense if there are few scores."""
-    values = [_array(each.ranked_by(each.tensor.reshape(-1), dtype)) for each in scores]
-    keep = np.ones(sum(map(len, values)), bool)
-    keep[np.concatenate(values).argsort(kind="stable")[:count]] = False
-    parts = torch.from_numpy(keep).split(list(map(len, values)))
+    values = [_array(each.ranked(each.tensor.reshape(-1))) for each in scores]
+    flat = np.concatenate(values)
+    keep = torch.ones(len(flat), dtype=torch.bool, device="cpu")
+    keep.numpy()[flat.argsort(kind="stable")[:count]] = False
+    parts = keep.split([len(part) for part in values])
     return [part.view(each.tensor.shape).to(each.tensor.device) for each, part in zip(scores, parts, strict=True)]
 
 
-def _sample(scores: Sequence[_Scores], starts: Sequence[int], dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
+def _sample(scores: Sequence[_Scores], total: int) -> tuple[np.ndarray, np.ndarray]:
     """Scores from all over and their places, in order of these."""
-    steps = np.arange(int(starts[-1] ** (2 / 3)))
+    steps = np.arange(int(total ** (2 / 3)))
     shifts = steps * GOLDEN  # their fractions are spread evenly, and out of step with any pattern in the weights
-    places = ((steps + shifts - np.floor(shifts)) * ((starts[-1] - 1) / len(steps))).astype(int)
-    sample = []
-    for each, start, (first, last) in zip(scores, starts, _edges(places, starts), strict=False):
-        spots = torch.from_numpy(places[first:last] - start).to(each.tensor.device)
-        part = each.tensor.reshape(-1).index_select(0, spots)
-        sample.append(_array(each.ranked_by(part, dtype)))
-    return np.concatenate(sample), places
+    places = ((steps + shifts - np.floor(shifts)) * ((total - 1) / len(steps))).astype(int)
+    parts = [each.tensor.reshape(-1).index_select(0, each.found(places)[1]) for each in scores]
+    return np.concatenate([_array(each.ranked(part)) for each, part in zip(scores, parts, strict=True)]), places
 
 
-def _edges(places: np.ndarray, starts: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """From where to where ascending places lie in each weight."""
-    return itertools.pairwise(np.searchsorted(places, starts))
-
-
-def _ranked(scores: np.ndarray, places: Sequence[int] | np.ndarray, rank: int) -> tuple[float, int]:
+def _at_rank(scores: np.ndarray, places: Sequence[int] | np.ndarray, rank: int) -> tuple[float, int]:
     """The score and the place at a rank; a bound before or behind all if there is no such rank."""
     if rank < 0:
         return -math.inf, -1
@@ -588,7 +586,7 @@ def _behind(scores: Any, bound: tuple[float, int], start: int, out: Any) -> None
 
 
 def _compared(
-    scores: _Scores, start: int, low: tuple[float, int], high: tuple[float, int], dtype: torch.dtype
+    scores: _Scores, low: tuple[float, int], high: tuple[float, int]
 ) -> tuple[Tensor, int, np.ndarray, np.ndarray]:
     """A mask of what is behind both bounds, how much it is, and the scores and places of what is between them."""
     tensor = scores.tensor
@@ -599,16 +597,16 @@ def _compared(
     kept, between, places = 0, [np.empty(0, np.float32)], [np.empty(0, int)]
     flat, parts, step = tensor.reshape(-1), _native(mask.view(-1)), BLOCK if tensor.is_cpu else GPU_BLOCK
     for first in range(0, tensor.numel(), step):
-        block, keep = scores.ranked_by(flat[first : first + step], dtype), parts[first : first + step]
+        block, keep = scores.ranked(flat[first : first + step]), parts[first : first + step]
         library = _library(block)
         inside = library.empty_like(keep)
-        _behind(block, high, start + first, keep)
-        _behind(block, low, start + first, inside)
+        _behind(block, high, scores.start + first, keep)
+        _behind(block, low, scores.start + first, inside)
         kept += int(library.count_nonzero(keep))
         inside ^= keep
         where = library.where(inside)[0]
         between.append(_array(block[where]))
-        places.append(_array(where) + (start + first))
+        places.append(_array(where) + (scores.start + first))
     return mask, kept, np.concatenate(between), np.concatenate(places)
 
 
