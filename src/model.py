@@ -71,12 +71,13 @@ class NeuralNetwork(nn.Module):
         names = [f"fc{number}.weight" for number in range(1, len(state) + 1)]
         if not state or set(state) != set(names):
             raise ValueError(
-                f"not a NeuralNetwork: expected fc1.weight, fc2.weight, ..., got {', '.join(map(str, state))}"
+                f"not a NeuralNetwork: expected fc1.weight, fc2.weight, ..., got {', '.join(map(str, state)):.100}"
             )
         weights = [state[name] for name in names]
         for name, weight in zip(names, weights, strict=True):
-            if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
-                raise ValueError(f"{name} must be a floating-point matrix (out, in)")
+            dense = isinstance(weight, Tensor) and weight.layout is torch.strided and not weight.is_meta
+            if not dense or not weight.is_floating_point() or weight.dim() != 2:
+                raise ValueError(f"{name} must be a floating-point matrix (out, in), and dense")
             if not weight.isfinite().all():
                 raise ValueError(f"{name} has NaN or infinite weights")
         for (before, weight), (after, following) in pairwise(zip(names, weights, strict=True)):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import sys
 import time
 import warnings
@@ -207,9 +208,14 @@ def _train(
 def _load_network(job: Run, path: Path) -> nn.Module:
     """The network in a model file."""
     try:
-        model = NeuralNetwork.from_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        with warnings.catch_warnings(action="ignore"):  # torch's, about files that are refused below
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        model = NeuralNetwork.from_state_dict(state)
     except OSError:
         raise
+    except (pickle.UnpicklingError, EOFError) as error:  # torch's own words advise to load what may run code
+        cure = "a state_dict is needed, as torch.save(model.state_dict(), path) writes it"
+        raise ValueError(f"{path} is not a model file of this project, or damaged: {cure}") from error
     except Exception as error:  # torch.load has no exception of its own for a file that it cannot read
         raise ValueError(f"{path} is not a model file of this project: {error}") from error
     if (model.sizes[0], model.sizes[-1]) != (784, 10):

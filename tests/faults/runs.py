@@ -44,7 +44,8 @@ class Run:
 
     @property
     def output(self) -> str:
-        return Path(f"{self.log}.output").read_text(encoding="utf-8")
+        path = Path(f"{self.log}.output")
+        return path.read_text(encoding="utf-8") if path.exists() else ""  # killed before it printed anything
 
     @property
     def errors(self) -> str:
