@@ -127,6 +127,11 @@ def test_two_runs_at_once_both_end_well(tmp_path):
     assert NeuralNetwork.from_state_dict(state)
 
 
+def test_what_a_run_beside_this_one_has_just_removed_is_not_missed(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "_unfinished", lambda job, seed: [tmp_path / "gone.json"])
+    assert main(tmp_path, "--model", str(good_model(tmp_path))) == 0
+
+
 def test_two_writers_of_one_file_do_not_meet(tmp_path):
     """The later one wins, whole; and a run that starts meanwhile takes neither for what a killed run has left."""
     path = tmp_path / "file"
