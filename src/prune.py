@@ -12,12 +12,12 @@ alone, and so are layers that share such a weight. A weight that several layers 
 import contextlib
 import copy
 import functools
-import itertools
 import math
 import numbers
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,14 +28,14 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # the integers that a weight's bytes are multiplied as
 NUMPY = ("cpu",)  # devices where NumPy ranks faster than torch
-BLOCK, GPU_BLOCK = 2**18, 2**24  # scores that fit into a core's cache, or keep a GPU busy
-GOLDEN = (math.sqrt(5) - 1) / 2
-SAMPLED = 2**12  # more scores than these are worth a sample that narrows down which to sort out
+BLOCK, GPU_BLOCK = 2**19, 2**24  # scores to compare at a time: they fit into the cache, or keep a GPU busy
+FEW, GPU_FEW = 2**20, 2**12  # scores to rank all at once, on the CPU
 
 
 def _norm(weight: Tensor) -> Tensor:
     """L2 norm of each unit: (units, …) → (units,), in fp32 for half precision."""
-    weight = weight.unsqueeze(-1)  # for weights of one dimension
+    if weight.dim() == 1:
+        weight = weight.unsqueeze(1)
     norm = functools.partial(torch.linalg.vector_norm, dim=tuple(range(1, weight.dim())), dtype=_widest(weight))
     if weight.element_size() >= 4 or weight.numel() <= 4 * BLOCK or not weight.is_cpu:
         return norm(weight)
@@ -134,9 +134,10 @@ def unit_mask(weight: Tensor, sparsity: float, dim: int = 0) -> Tensor:
         raise TypeError(f"dim must be an integer, got {dim!r}")
     if not -weight.dim() <= dim < weight.dim():
         raise ValueError(f"dim must be one of weight's {weight.dim()} dimensions, got {dim}")
-    units_first = weight.transpose(0, dim)
-    (keep,) = _select([_Scores("weight", weight, _norm(units_first))], _checked_sparsity(sparsity))
-    return _expanded(keep, units_first).transpose(0, dim).contiguous()
+    (keep,) = _select([_Scores("weight", weight, _norm(weight.transpose(0, dim)))], _checked_sparsity(sparsity))
+    shape = [1] * weight.dim()
+    shape[dim] = -1
+    return keep.view(shape).expand(weight.shape).contiguous()
 
 
 def find_masks(
@@ -466,7 +467,8 @@ def _seeded(generator: torch.Generator | None, weights: Iterable[_Weight]) -> It
         yield
 
 
-class _Scores(NamedTuple):
+@dataclass
+class _Scores:
     """What a weight, or its units, are ranked by. Places count through all scores that are ranked together."""
 
     name: str
@@ -480,20 +482,32 @@ class _Scores(NamedTuple):
         """The scores, but for their signs if they are magnitudes."""
         return self.weight if self.scores is None else self.scores
 
-    def ranked(self, part: Tensor) -> Any:
-        """Scores of a part of the tensor: an array on the CPU, where NumPy is faster, and a tensor elsewhere."""
-        scores = _native(part.to(self.dtype))
-        if self.scores is None:
-            scores = _library(scores).abs(scores)
-        if len(scores) and not math.isfinite(largest := scores.max()):
+    def ranked(self, part: Tensor, out: np.ndarray | None = None) -> Any:
+        """Scores of a part of the tensor: on the CPU an array, perhaps `out`, for NumPy is faster; else a tensor."""
+        scores = _native(part if part.dtype == self.dtype else part.to(self.dtype))
+        if self.scores is not None:
+            return scores
+        return np.abs(scores, out=out) if isinstance(scores, np.ndarray) else scores.abs()
+
+    def array(self, part: Tensor, out: np.ndarray | None = None) -> np.ndarray:
+        """The same as an array everywhere."""
+        return _array(self.ranked(part, out))
+
+    def check(self, largest: float) -> None:
+        """Raise an error if what was found to be the largest score shows that something cannot be ranked."""
+        if not math.isfinite(largest):
             _check_finite(self.name, self.weight)
-            if math.isnan(largest):
+            if self.tensor.isnan().any():
                 raise ValueError(f"the scores of {self.name} contain NaN")
-        return scores
+
+    @property
+    def span(self) -> slice:
+        """The places."""
+        return slice(self.start, self.start + self.tensor.numel())
 
     def found(self, places: np.ndarray) -> tuple[slice, Tensor]:
         """Which of these ascending places are here, and their indices into the flat tensor."""
-        here = slice(*np.searchsorted(places, (self.start, self.start + self.tensor.numel())))
+        here = slice(*np.searchsorted(places, (self.span.start, self.span.stop)))
         return here, torch.from_numpy(places[here] - self.start).to(self.tensor.device)
 
 
@@ -522,17 +536,21 @@ def _select(scores: Sequence[_Scores], sparsity: float) -> list[Tensor]:
 
     Source: Floyd and Rivest, "Expected Time Bounds for Selection" (1975).
     """
-    starts = [0, *itertools.accumulate(each.tensor.numel() for each in scores)]
-    total, dtype = starts.pop(), _widest(*(each.tensor for each in scores))
+    total, dtype = 0, _widest(*(each.tensor for each in scores))
+    for each in scores:
+        each.start, each.dtype = total, dtype
+        total += each.tensor.numel()
     count = round(sparsity * total)
-    scores = [each._replace(start=start, dtype=dtype) for each, start in zip(scores, starts, strict=True)]
-    if total <= SAMPLED:
-        return _sorted(scores, count)
-    sample, drawn = _sample(scores, total)
+    if total == 0:
+        return [torch.ones_like(each.tensor, dtype=torch.bool) for each in scores]
+    if total <= (FEW if all(each.tensor.device.type in NUMPY for each in scores) else GPU_FEW):
+        return _partitioned(scores, count)
+    step = 30 * math.ceil(total ** (1 / 3) / 100) + 1  # out of step with rows whose length has factors 2, 3 or 5
+    sample = np.concatenate([each.array(each.tensor.reshape(-1)[-each.start % step :: step]) for each in scores])
     expected = len(sample) * count / total  # rank in the sample of the last one to prune
     margin = 2.5 * (math.sqrt(expected * (1 - count / total)) + 1)  # so many standard deviations of it
     while True:
-        low, high = (_at_rank(sample, drawn, math.ceil(expected + side)) for side in (-margin, margin))
+        low, high = (_at_rank(sample, step, math.ceil(expected + side)) for side in (-margin, margin))
         masks, kept, *found = zip(*(_compared(each, low, high) for each in scores), strict=True)
         between, places = map(np.concatenate, found)
         excess = count - (total - sum(kept) - len(between))  # how many of those between to prune
@@ -540,41 +558,47 @@ def _select(scores: Sequence[_Scores], sparsity: float) -> list[Tensor]:
             break
         margin *= 4
     keep = np.empty(len(between), bool)
-    _behind(between, _at_rank(between, range(len(between)), excess - 1), 0, keep)
+    _behind(between, _at_rank(between, 1, excess - 1), 0, keep)
     for each, mask in zip(scores, masks, strict=True):
         here, indices = each.found(places)
         mask.view(-1).index_copy_(0, indices, torch.from_numpy(keep[here]).to(mask.device))
     return list(masks)
 
 
-def _sorted(scores: Sequence[_Scores], count: int) -> list[Tensor]:
+def _partitioned(scores: Sequence[_Scores], count: int) -> list[Tensor]:
     """What `_select` returns, at less expense if there are few scores."""
-    values = [_array(each.ranked(each.tensor.reshape(-1))) for each in scores]
-    flat = np.concatenate(values)
-    keep = torch.ones(len(flat), dtype=torch.bool, device="cpu")
-    keep.numpy()[flat.argsort(kind="stable")[:count]] = False
-    parts = keep.split([len(part) for part in values])
-    return [part.view(each.tensor.shape).to(each.tensor.device) for each, part in zip(scores, parts, strict=True)]
+    flat = _flat(scores)
+    magnitudes, rank = scores[0].scores is None, max(count - 1, 0)
+    if magnitudes:  # in place, and as integers, which rank the same but are partitioned sooner
+        flat.view(f"i{flat.itemsize}").partition(rank)
+    ordered = flat if magnitudes else np.partition(flat, rank)  # NaN is behind all others
+    last, largest = ordered[rank], ordered[rank:].max()
+    for each in scores:
+        each.check(largest)
+    if magnitudes:  # which takes less time than to have copied them
+        flat = _flat(scores, flat)
+    keep = flat > last
+    if spare := len(flat) - np.count_nonzero(keep) - count:  # of those that equal the last one to prune
+        keep[np.flatnonzero(flat == last)[-spare:]] = True
+    return [torch.from_numpy(keep[each.span]).view(each.tensor.shape).to(each.tensor.device) for each in scores]
 
 
-def _sample(scores: Sequence[_Scores], total: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scores from all over and their places, in order of these."""
-    steps = np.arange(int(total ** (2 / 3)))
-    shifts = steps * GOLDEN  # their fractions are spread evenly, and out of step with any pattern in the weights
-    places = ((steps + shifts - np.floor(shifts)) * ((total - 1) / len(steps))).astype(int)
-    parts = [each.tensor.reshape(-1).index_select(0, each.found(places)[1]) for each in scores]
-    return np.concatenate([_array(each.ranked(part)) for each, part in zip(scores, parts, strict=True)]), places
+def _flat(scores: Sequence[_Scores], out: np.ndarray | None = None) -> np.ndarray:
+    """All scores in one array, which is `out` where that suits."""
+    if len(scores) == 1:
+        return scores[0].array(scores[0].tensor.reshape(-1), out)
+    return np.concatenate([each.array(each.tensor.reshape(-1)) for each in scores], out=out)
 
 
-def _at_rank(scores: np.ndarray, places: Sequence[int] | np.ndarray, rank: int) -> tuple[float, int]:
-    """The score and the place at a rank; a bound before or behind all if there is no such rank."""
+def _at_rank(scores: np.ndarray, step: int, rank: int) -> tuple[float, int]:
+    """The score at a rank and its place, if places are `step` apart; a bound before or behind all outside of ranks."""
     if rank < 0:
         return -math.inf, -1
     if rank >= len(scores):
         return math.inf, sys.maxsize
     value = np.partition(scores, rank)[rank]
     equal = np.flatnonzero(scores == value)
-    return float(value), int(places[equal[rank - np.count_nonzero(scores < value)]])
+    return float(value), step * int(equal[rank - np.count_nonzero(scores < value)])
 
 
 def _behind(scores: Any, bound: tuple[float, int], start: int, out: Any) -> None:
@@ -596,8 +620,11 @@ def _compared(
         mask = torch.empty(tensor.shape, dtype=torch.bool, device=tensor.device)
     kept, between, places = 0, [np.empty(0, np.float32)], [np.empty(0, int)]
     flat, parts, step = tensor.reshape(-1), _native(mask.view(-1)), BLOCK if tensor.is_cpu else GPU_BLOCK
+    scratch = torch.empty(step, dtype=scores.dtype, device="cpu").numpy()
     for first in range(0, tensor.numel(), step):
-        block, keep = scores.ranked(flat[first : first + step]), parts[first : first + step]
+        keep = parts[first : first + step]
+        block = scores.ranked(flat[first : first + step], scratch[: len(keep)])
+        scores.check(block.max())
         library = _library(block)
         inside = library.empty_like(keep)
         _behind(block, high, scores.start + first, keep)

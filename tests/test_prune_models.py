@@ -282,7 +282,7 @@ def test_names_of_the_users_own_are_kept() -> None:
 @pytest.mark.parametrize("method", list(prune.METHODS))
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_the_default_device_and_type_do_not_matter(method: str, scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prune, "SAMPLED", 100)
+    monkeypatch.setattr(prune, "FEW", 100)
     model = mlp(30, 20, 10)
 
     def find() -> dict[str, Tensor]:
@@ -328,17 +328,17 @@ def models(draw: st.DrawFn) -> nn.Module:
     sparsity=st.one_of(st.floats(0, 1), st.sampled_from([0, 0.5, 1])),
     more=st.floats(0, 1),
     seed=st.integers(0, 100),
-    sampled=st.sampled_from([8, prune.SAMPLED]),
+    few=st.sampled_from([0, prune.FEW]),
 )
 def test_counts_supersets_and_an_untouched_model(
-    model: nn.Module, method: str, scope: str, spare: bool, sparsity: float, more: float, seed: int, sampled: int
+    model: nn.Module, method: str, scope: str, spare: bool, sparsity: float, more: float, seed: int, few: int
 ) -> None:
     before = state(model)
     skip = None if spare else ()
 
     def find(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
-        with mock.patch.object(prune, "SAMPLED", sampled), warnings.catch_warnings(action="ignore"):
+        with mock.patch.object(prune, "FEW", few), warnings.catch_warnings(action="ignore"):
             masks = prune.find_masks(model, method, sparsity, scope=scope, skip=skip, generator=generator)
         return {name: mask for name, mask in masks.items() if name.endswith("weight")}
 
