@@ -1,5 +1,6 @@
 """Training and evaluation: one epoch at a time, over batches that are already on the model's device."""
 
+import inspect
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -12,6 +13,14 @@ from utils import l2
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 DIVERGED = 1000.0  # nats: the right class at e^-1000, on average over an epoch; no training comes back from there
+
+
+class Adam(torch.optim.Adam):
+    """torch's Adam, less what guards it against torch.compile: that imports the compiler, which takes over a second."""
+
+    add_param_group = inspect.unwrap(torch.optim.Adam.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Adam.zero_grad)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
 
 
 class Engine:

@@ -29,7 +29,7 @@ import compress
 import prune
 import results
 from data import Batches, DataError, Dataset, load
-from engine import Engine
+from engine import Adam, Engine
 from model import NeuralNetwork
 from results import CostRow, Row
 
@@ -191,7 +191,7 @@ def _train(
     order = torch.Generator().manual_seed(seed)
     batches = Batches(job.dataset.train_images, job.dataset.train_labels, batch_size, order)
     decay = job.config.weight_decay
-    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, weight_decay=decay, fused=True)
+    optimizer = Adam(model.parameters(), lr=learning_rate, weight_decay=decay, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=epochs * len(batches))
     engine = Engine(
         model, optimizer, scheduler=schedule, masks=masks, precision=job.precision,

@@ -14,7 +14,7 @@ from conftest import ROOT
 from tqdm import tqdm
 
 FORKS = multiprocessing.get_context("forkserver")  # which imports these, and does nothing else, in a single thread
-FORKS.set_forkserver_preload(["torch._dynamo", "tqdm", "matplotlib.backends.backend_agg", "pytest"])
+FORKS.set_forkserver_preload(["torch", "tqdm", "matplotlib.backends.backend_agg", "pytest"])
 NUMBER = itertools.count()
 
 
