@@ -41,6 +41,12 @@ _positive = _number(lambda value: 0 < value < math.inf, "> 0, and finite")
 _not_negative = _number(lambda value: 0 <= value < math.inf, ">= 0, and finite")
 
 
+def _path(text: str) -> Path:
+    if not text:  # as from a shell variable that is not set; Path would take it for the working directory
+        raise argparse.ArgumentTypeError("must be a path, got ''")
+    return Path(text)
+
+
 def _kept(text: str) -> tuple[str, float]:
     method, _, k = text.partition(":")
     if method not in ("weight", "unit"):
@@ -63,7 +69,7 @@ class Config:
     holdout: bool = _setting(
         False, "data", "report on the last 10,000 training images, not trained on, instead of the test set"
     )
-    inputs: Path = _setting(ROOT / "inputs", "data", "folder of the data sets", type=Path)
+    inputs: Path = _setting(ROOT / "inputs", "data", "folder of the data sets", type=_path)
 
     epochs: int = _setting(10, "training", "passes over the training images", type=_whole(1))
     batch_size: int | None = _setting(
@@ -81,7 +87,7 @@ class Config:
     )
     seed: int = _setting(0, "training", "seed of the weights and of the order of the images", type=_whole(0))
     seeds: int = _setting(1, "training", "networks to train and sweep, with seeds SEED, SEED+1, ...", type=_whole(1))
-    model: Path | None = _setting(None, "training", "take this model file instead of training one", type=Path)
+    model: Path | None = _setting(None, "training", "take this model file instead of training one", type=_path)
     device: str = _setting("auto", "training", "where to compute", choices=("auto", "cpu", "cuda"))
     precision: str = _setting(
         "auto", "training", "of the training passes; auto: bf16 where it is native", choices=("auto", "bf16", "fp32")
@@ -107,8 +113,8 @@ class Config:
     keep: tuple[tuple[str, float], ...] = _setting(
         (), "results", "save the network pruned so; repeatable", type=_kept, action="append", metavar="METHOD:K"
     )
-    models: Path = _setting(ROOT / "models", "results", "folder for the trained networks", type=Path)
-    plots: Path = _setting(ROOT / "plots", "results", "folder for the plots and their numbers", type=Path)
+    models: Path = _setting(ROOT / "models", "results", "folder for the trained networks", type=_path)
+    plots: Path = _setting(ROOT / "plots", "results", "folder for the plots and their numbers", type=_path)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -129,7 +135,7 @@ def _add_flag(group: argparse._ArgumentGroup, setting: Field[Any]) -> None:
     if isinstance(setting.default, bool):
         flag["action"] = "store_true"
     elif "choices" not in flag:
-        flag.setdefault("metavar", "PATH" if flag.get("type") is Path else "N")
+        flag.setdefault("metavar", "PATH" if flag.get("type") is _path else "N")
     # A flag that is not given stays absent, so that the dataclass alone holds the defaults.
     group.add_argument(f"--{setting.name.replace('_', '-')}", default=argparse.SUPPRESS, **flag)
 

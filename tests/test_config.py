@@ -66,6 +66,7 @@ def test_keep_can_be_repeated():
         ("--model m.bin --seeds 3", "--seeds has no effect with --model"),
         ("--model m.bin --epochs 3", "--epochs has no effect with --model"),
         ("--epoch 3", "unrecognized arguments: --epoch"),
+        ("--models=", "--models: must be a path"),
         ("extra", "unrecognized arguments: extra"),
     ],
 )

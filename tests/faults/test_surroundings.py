@@ -365,6 +365,18 @@ def test_bad_masks_from_a_file_are_told_and_change_nothing(kind, tmp_path):
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", ["empty", "cut short", "a byte short", "malicious"])
+def test_a_mask_file_that_torch_does_not_load_with_weights_only_is_never_applied(kind, tmp_path):
+    path = tmp_path / "masks.bin"
+    masks = prune.find_masks(NeuralNetwork((4, 5, 6, 2)), "weight", 0.5)
+    torch.save(masks | {"fc9.weight": Malicious(tmp_path / "executed")} if kind == "malicious" else masks, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: {"empty": 0, "cut short": len(whole) // 2, "a byte short": -1}.get(kind)])
+    with pytest.raises((EOFError, RuntimeError, pickle.UnpicklingError)):
+        torch.load(path, weights_only=True)
+    assert not (tmp_path / "executed").exists()
+
+
 # ── settings that only the machine, the network or the training can refuse ──
 
 
