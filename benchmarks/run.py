@@ -383,7 +383,7 @@ def _trainer(precision: torch.dtype, dataset: Dataset, sizes: Sequence[int] = SI
     model = NeuralNetwork(sizes).to(dataset.train_images.device)
     batches = Batches(dataset.train_images, dataset.train_labels, 512, torch.Generator())
     rate, decay, smoothing = settings.learning_rate, settings.weight_decay, settings.label_smoothing
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate, weight_decay=decay, fused=True)
+    optimizer = Adam(model.parameters(), lr=rate, weight_decay=decay, fused=True)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=100 * len(batches))
     engine = Engine(model, optimizer, scheduler=scheduler, precision=precision, label_smoothing=smoothing)
     return lambda *_: engine.train_epoch(batches)
