@@ -177,7 +177,7 @@ def test_an_existing_model_takes_the_place_of_training(tmp_path, capsys):
 
 
 def test_a_run_that_is_stopped_goes_on_after_the_last_whole_seed(tmp_path, monkeypatch, capsys):
-    flags = (*QUICK, "--seeds", "3")
+    flags = (*QUICK, "--seeds", "2")
     assert run_digits(tmp_path / "undisturbed", *flags) == 0
     trained = []
     original = train._train_network
@@ -193,14 +193,14 @@ def test_a_run_that_is_stopped_goes_on_after_the_last_whole_seed(tmp_path, monke
         run_digits(tmp_path / "stopped", *flags)
     trained.append("again")
     assert run_digits(tmp_path / "stopped", *flags) == 0
-    assert trained == [0, "again", 1, 2]
+    assert trained == [0, "again", 1]
     assert "seed 0 is taken from" in capsys.readouterr().out
     assert files(tmp_path / "stopped") == files(tmp_path / "undisturbed")
     name = "plots/digits_accuracy_sparsity.csv"
     assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
 
     assert run_digits(tmp_path / "stopped", *flags) == 0  # a run that was whole is repeated from the start
-    assert trained == [0, "again", 1, 2, 0, 1, 2]
+    assert trained == [0, "again", 1, 0, 1]
 
 
 def test_other_settings_never_mix_with_what_a_stopped_run_left(tmp_path, monkeypatch):
