@@ -37,7 +37,7 @@ import compress  # noqa: E402
 import prune  # noqa: E402
 from config import Config  # noqa: E402
 from data import Batches, Dataset, load  # noqa: E402
-from engine import Engine  # noqa: E402
+from engine import Adam, Engine  # noqa: E402
 from model import SIZES, NeuralNetwork  # noqa: E402
 from utils import atomic_write, pick_device, pick_precision  # noqa: E402
 

@@ -145,7 +145,7 @@ class Engine:
     def _pull(self, learning_rate: float) -> None:
         """Proximal step of the group lasso: every hidden unit's norm shrinks by lr · λ, and no further than 0."""
         for weight in self.hidden_weights:
-            norm = l2(weight).unsqueeze(1)  # (out, 1)
+            norm = l2(weight).unsqueeze(1).clamp_(min=torch.finfo(weight.dtype).tiny)  # (out, 1), none of them 0
             weight.mul_((1 - learning_rate * self.unit_lasso / norm).clamp_(min=0))
 
     @torch.inference_mode()

@@ -156,7 +156,8 @@ def find_masks(
         method: a name in `METHODS`.
         sparsity: fraction in [0, 1] of the weights or units, counting those that are zero already. Exactly
             ``round(sparsity * n)`` go; a larger sparsity prunes a superset.
-        scope: "layer" ranks within each layer, "global" across all of them.
+        scope: "layer" ranks within each layer, "global" across all of them ("unit": by norms relative to the mean of
+            the layer).
         skip: names of layers to spare; () spares none. None spares the last prunable layer in order of registration:
             its units are the model's outputs.
         generator: source of the random methods' numbers; None: torch's global generators.
@@ -297,7 +298,8 @@ def sweep(
         model, method, scope, skip: as in `find_masks`.
         sparsities: fractions in [0, 1], in any order.
         score: what to ask of a pruned copy, such as its accuracy.
-        generator: as in `find_masks`; all points share one draw, so that larger sparsities prune supersets.
+        generator: as in `find_masks`; one seed is drawn for all points, whatever the method, so that larger
+            sparsities prune supersets.
         retrain: trains a copy in place, its masks held with `apply_masks`; the copy is then scored again.
 
     Returns:
@@ -500,16 +502,6 @@ class _Scores:
             if self.tensor.isnan().any():
                 raise ValueError(f"the scores of {self.name} contain NaN")
 
-    @property
-    def span(self) -> slice:
-        """The places."""
-        return slice(self.start, self.start + self.tensor.numel())
-
-    def found(self, places: np.ndarray) -> tuple[slice, Tensor]:
-        """Which of these ascending places are here, and their indices into the flat tensor."""
-        here = slice(*np.searchsorted(places, (self.span.start, self.span.stop)))
-        return here, torch.from_numpy(places[here] - self.start).to(self.tensor.device)
-
 
 def _scored(weight: _Weight, score: Callable[[Tensor], Tensor]) -> _Scores:
     tensor = weight.turned(weight.tensor)
@@ -547,21 +539,23 @@ def _select(scores: Sequence[_Scores], sparsity: float) -> list[Tensor]:
         return _partitioned(scores, count)
     step = 30 * math.ceil(total ** (1 / 3) / 100) + 1  # out of step with rows whose length has factors 2, 3 or 5
     sample = np.concatenate([each.array(each.tensor.reshape(-1)[-each.start % step :: step]) for each in scores])
+    for each in scores:
+        each.check(sample.max())  # NaN would be no bound
     expected = len(sample) * count / total  # rank in the sample of the last one to prune
     margin = 2.5 * (math.sqrt(expected * (1 - count / total)) + 1)  # so many standard deviations of it
     while True:
         low, high = (_at_rank(sample, step, math.ceil(expected + side)) for side in (-margin, margin))
-        masks, kept, *found = zip(*(_compared(each, low, high) for each in scores), strict=True)
-        between, places = map(np.concatenate, found)
+        masks, kept, found, indices = zip(*(_compared(each, low, high) for each in scores), strict=True)
+        between = np.concatenate(found)
         excess = count - (total - sum(kept) - len(between))  # how many of those between to prune
         if 0 <= excess <= len(between):
             break
         margin *= 4
     keep = np.empty(len(between), bool)
     _behind(between, _at_rank(between, 1, excess - 1), 0, keep)
-    for each, mask in zip(scores, masks, strict=True):
-        here, indices = each.found(places)
-        mask.view(-1).index_copy_(0, indices, torch.from_numpy(keep[here]).to(mask.device))
+    parts = np.split(keep, np.cumsum([len(part) for part in found])[:-1])
+    for mask, index, part in zip(masks, indices, parts, strict=True):
+        mask.view(-1).index_copy_(0, torch.from_numpy(index).to(mask.device), torch.from_numpy(part).to(mask.device))
     return list(masks)
 
 
@@ -580,7 +574,8 @@ def _partitioned(scores: Sequence[_Scores], count: int) -> list[Tensor]:
     keep = flat > last
     if spare := len(flat) - np.count_nonzero(keep) - count:  # of those that equal the last one to prune
         keep[np.flatnonzero(flat == last)[-spare:]] = True
-    return [torch.from_numpy(keep[each.span]).view(each.tensor.shape).to(each.tensor.device) for each in scores]
+    parts = [torch.from_numpy(keep[each.start :][: each.tensor.numel()]) for each in scores]
+    return [part.view(each.tensor.shape).to(each.tensor.device) for part, each in zip(parts, scores, strict=True)]
 
 
 def _flat(scores: Sequence[_Scores], out: np.ndarray | None = None) -> np.ndarray:
@@ -612,19 +607,19 @@ def _behind(scores: Any, bound: tuple[float, int], start: int, out: Any) -> None
 def _compared(
     scores: _Scores, low: tuple[float, int], high: tuple[float, int]
 ) -> tuple[Tensor, int, np.ndarray, np.ndarray]:
-    """A mask of what is behind both bounds, how much it is, and the scores and places of what is between them."""
+    """A mask of what is behind both bounds, how much it is, and the scores and indices of what is between them."""
     tensor = scores.tensor
     if tensor.is_cpu:  # NumPy asks for huge pages, which makes a large new array several times cheaper to fill
         mask = torch.from_numpy(np.empty(tensor.shape, bool))
     else:
         mask = torch.empty(tensor.shape, dtype=torch.bool, device=tensor.device)
-    kept, between, places = 0, [np.empty(0, np.float32)], [np.empty(0, int)]
+    kept, largest, between, places = 0, [0.0], [np.empty(0, np.float32)], [np.empty(0, int)]
     flat, parts, step = tensor.reshape(-1), _native(mask.view(-1)), BLOCK if tensor.is_cpu else GPU_BLOCK
     scratch = torch.empty(step, dtype=scores.dtype, device="cpu").numpy()
     for first in range(0, tensor.numel(), step):
         keep = parts[first : first + step]
         block = scores.ranked(flat[first : first + step], scratch[: len(keep)])
-        scores.check(block.max())
+        largest.append(float(block.max()))
         library = _library(block)
         inside = library.empty_like(keep)
         _behind(block, high, scores.start + first, keep)
@@ -633,7 +628,8 @@ def _compared(
         inside ^= keep
         where = library.where(inside)[0]
         between.append(_array(block[where]))
-        places.append(_array(where) + (scores.start + first))
+        places.append(_array(where) + first)
+    scores.check(sum(largest))  # once for all blocks: NaN and infinity outlast a sum
     return mask, kept, np.concatenate(between), np.concatenate(places)
 
 

@@ -137,6 +137,9 @@ def test_unit_lasso_is_the_proximal_step_on_every_hidden_unit():
         norm = max(float(old.norm()) - 0.1 * 0.5, 0)
         torch.testing.assert_close(row, old * (norm / float(old.norm()) if norm else 0))
     assert torch.equal(model.fc2.weight, before["fc2.weight"])
+    pulled = copy.deepcopy(model.state_dict())
+    engine._pull(0.0)  # as at the start of a warm-up
+    assert all(torch.equal(weight, pulled[name]) for name, weight in model.state_dict().items())
 
 
 def test_divergence_is_told():

@@ -279,6 +279,13 @@ def test_one_bad_weight_among_many(bad: float, sparsity: float, size: int, way: 
             function(weight, sparsity)
 
 
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_many_bad_weights(share: float, way: None) -> None:
+    weight = torch.randn(20_000).masked_fill(torch.rand(20_000) < share, torch.nan)
+    with pytest.raises(ValueError, match="NaN or infinite weights"):
+        prune.weight_mask(weight, 0.9)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_whose_sum_overflows_are_finite(dtype: torch.dtype) -> None:
     weight = torch.full((4, 4), torch.finfo(dtype).max, dtype=dtype)
