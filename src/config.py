@@ -8,37 +8,30 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent  # the folders are found from any working directory
+GROUPS = {"dataset": "data", "epochs": "training", "k": "pruning", "costs": "results"}  # by their first setting
 K_PERCENT = (0.0, 25.0, 50.0, 60.0, 70.0, 75.0, 80.0, 85.0, 90.0, 92.5, 95.0, 97.5, 99.0)
 
 
-def _whole(minimum: int, maximum: int = 10**9) -> Callable[[str], int]:
-    def parse(text: str) -> int:
+def _number(convert: Callable[[str], Any], accepts: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
         try:
-            if minimum <= (value := int(text)) <= maximum:
+            if accepts(value := convert(text)):
                 return value
         except ValueError:
             pass
-        raise argparse.ArgumentTypeError(f"must be a whole number from {minimum} to {maximum}, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
 
     return parse
 
 
-def _number(accepts: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            if accepts(value := float(text)):
-                return value
-        except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"must be a number {wanted}, got {text!r}")
-
-    return parse
+def _whole(minimum: int) -> Callable[[str], int]:
+    return _number(int, lambda value: minimum <= value <= 10**9, f"a whole number from {minimum} to {10**9}")
 
 
-_percent = _number(lambda value: 0 <= value <= 100, "from 0 to 100 (in %)")
-_fraction = _number(lambda value: 0 <= value <= 1, "from 0 to 1")
-_positive = _number(lambda value: 0 < value < math.inf, "> 0, and finite")
-_not_negative = _number(lambda value: 0 <= value < math.inf, ">= 0, and finite")
+_percent = _number(float, lambda value: 0 <= value <= 100, "a number from 0 to 100 (in %)")
+_fraction = _number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+_positive = _number(float, lambda value: 0 < value < math.inf, "a number > 0, and finite")
+_not_negative = _number(float, lambda value: 0 <= value < math.inf, "a number >= 0, and finite")
 
 
 def _path(text: str) -> Path:
@@ -54,9 +47,9 @@ def _kept(text: str) -> tuple[str, float]:
     return method, _percent(k)
 
 
-def _setting(default: Any, group: str, help: str, **flag: Any) -> Any:
+def _setting(default: Any, help: str, **flag: Any) -> Any:
     """A dataclass field that carries the arguments of its command-line flag."""
-    return field(default=default, metadata={"group": group, "help": help, **flag})
+    return field(default=default, metadata={"help": help, **flag})
 
 
 @dataclass(frozen=True)
@@ -64,57 +57,45 @@ class Config:
     """The settings of a run. Each field is also a flag: `batch_size` is `--batch-size`."""
 
     dataset: str = _setting(
-        "auto", "data", "auto: MNIST, or the bundled digits where it cannot be had", choices=("auto", "mnist", "digits")
+        "auto", "auto: MNIST, or the bundled digits where it cannot be had", choices=("auto", "mnist", "digits")
     )
     holdout: bool = _setting(
-        False, "data", "report on the last 10,000 training images, not trained on, instead of the test set"
+        False, "report on the last 10,000 training images, not trained on, instead of the test set"
     )
-    inputs: Path = _setting(ROOT / "inputs", "data", "folder of the data sets", type=_path)
+    inputs: Path = _setting(ROOT / "inputs", "folder of the data sets", type=_path)
 
-    epochs: int = _setting(10, "training", "passes over the training images", type=_whole(1))
-    batch_size: int | None = _setting(
-        None, "training", "images a step (default: 512 for MNIST, 64 for digits)", type=_whole(1)
-    )
-    learning_rate: float = _setting(5e-3, "training", "peak of the one-cycle schedule", type=_positive)
+    epochs: int = _setting(10, "passes over the training images", type=_whole(1))
+    batch_size: int | None = _setting(None, "images a step (default: 512 for MNIST, 64 for digits)", type=_whole(1))
+    learning_rate: float = _setting(5e-3, "peak of the one-cycle schedule", type=_positive)
     weight_decay: float = _setting(
-        2e-4, "training", "L2 penalty, added to the gradient as in Adam's weight_decay", type=_not_negative
+        2e-4, "L2 penalty, added to the gradient as in Adam's weight_decay", type=_not_negative
     )
-    label_smoothing: float = _setting(
-        0.1, "training", "share of every target that is spread over all classes", type=_fraction
-    )
+    label_smoothing: float = _setting(0.1, "share of every target that is spread over all classes", type=_fraction)
     unit_lasso: float = _setting(
-        0.0, "training", "strength of the group lasso on the L2 norm of every hidden unit; 0 is off", type=_not_negative
+        0.0, "strength of the group lasso on the L2 norm of every hidden unit; 0 is off", type=_not_negative
     )
-    seed: int = _setting(0, "training", "seed of the weights and of the order of the images", type=_whole(0))
-    seeds: int = _setting(1, "training", "networks to train and sweep, with seeds SEED, SEED+1, ...", type=_whole(1))
-    model: Path | None = _setting(None, "training", "take this model file instead of training one", type=_path)
-    device: str = _setting("auto", "training", "where to compute", choices=("auto", "cpu", "cuda"))
+    seed: int = _setting(0, "seed of the weights and of the order of the images", type=_whole(0))
+    seeds: int = _setting(1, "networks to train and sweep, with seeds SEED, SEED+1, ...", type=_whole(1))
+    model: Path | None = _setting(None, "take this model file instead of training one", type=_path)
+    device: str = _setting("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     precision: str = _setting(
-        "auto", "training", "of the training passes; auto: bf16 where it is native", choices=("auto", "bf16", "fp32")
+        "auto", "of the training passes; auto: bf16 where it is native", choices=("auto", "bf16", "fp32")
     )
 
-    k: tuple[float, ...] = _setting(
-        K_PERCENT, "pruning", "shares to prune, in %%; 0 is always added", type=_percent, nargs="+"
-    )
-    scope: str = _setting("layer", "pruning", "rank within each layer, or across all", choices=("layer", "global"))
+    k: tuple[float, ...] = _setting(K_PERCENT, "shares to prune, in %%; 0 is always added", type=_percent, nargs="+")
+    scope: str = _setting("layer", "rank within each layer, or across all", choices=("layer", "global"))
     skip: tuple[str, ...] | None = _setting(
-        None,
-        "pruning",
-        "layers to spare, none if no name follows (default: the output layer)",
-        nargs="*",
-        metavar="NAME",
+        None, "layers to spare, none if no name follows (default: the output layer)", nargs="*", metavar="NAME"
     )
-    random_baseline: bool = _setting(False, "pruning", "also prune at random, for comparison")
-    finetune_epochs: int = _setting(
-        0, "pruning", "epochs to retrain each pruned network, its zeros held", type=_whole(0)
-    )
+    random_baseline: bool = _setting(False, "also prune at random, for comparison")
+    finetune_epochs: int = _setting(0, "epochs to retrain each pruned network, its zeros held", type=_whole(0))
 
-    costs: bool = _setting(False, "results", "also measure file size and latency at every k")
+    costs: bool = _setting(False, "also measure file size and latency at every k")
     keep: tuple[tuple[str, float], ...] = _setting(
-        (), "results", "save the network pruned so; repeatable", type=_kept, action="append", metavar="METHOD:K"
+        (), "save the network pruned so; repeatable", type=_kept, action="append", metavar="METHOD:K"
     )
-    models: Path = _setting(ROOT / "models", "results", "folder for the trained networks", type=_path)
-    plots: Path = _setting(ROOT / "plots", "results", "folder for the plots and their numbers", type=_path)
+    models: Path = _setting(ROOT / "models", "folder for the trained networks", type=_path)
+    plots: Path = _setting(ROOT / "plots", "folder for the plots and their numbers", type=_path)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -129,7 +110,6 @@ def _shown(default: Any) -> str:
 
 def _add_flag(group: argparse._ArgumentGroup, setting: Field[Any]) -> None:
     flag = dict(setting.metadata)
-    del flag["group"]
     if setting.default not in (None, ()) and setting.default is not False:
         flag["help"] += f" (default: {_shown(setting.default)})"
     if isinstance(setting.default, bool):
@@ -156,9 +136,10 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
         prog="train.py", allow_abbrev=False,
         description="Train a network, prune copies of it at every k %, and plot accuracy against sparsity.",
     )  # fmt: skip
-    groups = {name: parser.add_argument_group(name) for name in ("data", "training", "pruning", "results")}
     for setting in fields(Config):
-        _add_flag(groups[setting.metadata["group"]], setting)
+        if setting.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[setting.name])
+        _add_flag(group, setting)
     given = vars(parser.parse_args(argv))
     if "model" in given:
         idle = [name for name in ("epochs", "unit_lasso", "seeds") if name in given]

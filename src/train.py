@@ -36,7 +36,6 @@ from results import CostRow, Row
 EVALUATION_BATCH = 2000  # images
 COST_BATCHES = (1, 256)  # images
 COST_ROUNDS = 5
-UNFINISHED = ".unfinished_{}_seed{}.json"  # beside the plots
 
 
 class SettingError(ValueError):
@@ -62,14 +61,20 @@ class Run:
         """What the accuracy is measured on."""
         return "Held-out" if self.config.holdout else "Testing"
 
+    @property
+    def batch_size(self) -> int:
+        """Images a training step."""
+        return self.config.batch_size or (512 if self.dataset.name == "mnist" else 64)
+
     def evaluate(self, model: nn.Module) -> float:
         """Accuracy in [0, 1] on the test (or held-out) images."""
         return Engine(model).evaluate(Batches(self.dataset.test_images, self.dataset.test_labels, EVALUATION_BATCH))
 
     def circumstances(self) -> dict[str, Any]:
-        """Everything that the numbers depend on beside the seed, as plain values that JSON can hold."""
+        """What a resumed run must share beside the seed, as plain values that JSON can hold."""
         settings = {name: value for name, value in asdict(self.config).items() if name not in ("seed", "seeds")}
-        settings |= {"dataset": self.dataset.name, "device": self.device.type, "precision": str(self.precision)}
+        settings |= {"dataset": self.dataset.name, "batch_size": self.batch_size}
+        settings |= {"device": self.device.type, "precision": str(self.precision)}
         return json.loads(json.dumps({"settings": settings, "versions": utils.versions(self.device)}, default=str))
 
 
@@ -90,16 +95,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     config = parse_config(argv)
     utils.written.clear()
-    with warnings.catch_warnings():
-        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # one line, for people
-        try:
-            run(config)
-        except SettingError as error:
-            return utils.fail(2, error)
-        except (DataError, OSError, ValueError, ArithmeticError, MemoryError) as error:
-            return utils.fail(1, error)
-        except torch.OutOfMemoryError:
-            return utils.fail(1, "the GPU is out of memory: try a smaller --batch-size, or --device cpu")
+    try:
+        run(config)
+    except SettingError as error:
+        return utils.fail(2, error)
+    except (DataError, OSError, ValueError, ArithmeticError, MemoryError) as error:
+        return utils.fail(1, error)
+    except torch.OutOfMemoryError:
+        return utils.fail(1, "the GPU is out of memory: try a smaller --batch-size, or --device cpu")
     return 0
 
 
@@ -116,10 +119,10 @@ def run(config: Config) -> None:
     parts: list[list[Row]] = []  # one a seed
     for seed in range(config.seed + rank, config.seed + config.seeds, ranks):
         parts.append(_resume(job, seed) or _one_network(job, seed))
-    rows = [row for part in _gather(parts, ranks) for row in part]
+    rows = [row for part in _gather(job.kind, parts, ranks) for row in part]
     if rank == 0:
         _report(job, rows)
-        for done in _unfinished(job, "*"):
+        for done in config.plots.glob(_unfinished(job, "*").name):
             done.unlink(missing_ok=True)
         results_written = [path for path in utils.written if not path.name.startswith(".")]
         say("wrote " + ", ".join(map(utils.shown, results_written)))
@@ -187,9 +190,8 @@ def _train(
     masks: Mapping[str, Tensor] | None = None, unit_lasso: float = 0.0,
 ) -> Iterator[float]:  # fmt: skip
     """Train with Adam on a one-cycle schedule; yields the training accuracy in [0, 1] after every epoch."""
-    batch_size = job.config.batch_size or (512 if job.dataset.name == "mnist" else 64)
     order = torch.Generator().manual_seed(seed)
-    batches = Batches(job.dataset.train_images, job.dataset.train_labels, batch_size, order)
+    batches = Batches(job.dataset.train_images, job.dataset.train_labels, job.batch_size, order)
     decay = job.config.weight_decay
     optimizer = Adam(model.parameters(), lr=learning_rate, weight_decay=decay, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=epochs * len(batches))
@@ -226,7 +228,7 @@ def _load_network(job: Run, path: Path) -> nn.Module:
 
 
 def _introduce(job: Run, model: nn.Module, *, first: bool) -> None:
-    _allowed(lambda skip: prune.find_masks(model, "weight", 0.0, skip=skip), job.config.skip)
+    _allowed(lambda skip: prune.achieved_sparsity(model, skip=skip), job.config.skip)
     if first:
         say(str(model))
 
@@ -244,17 +246,10 @@ def _sweep(job: Run, model: nn.Module, method: str, seed: int) -> list[Row]:
         kept.append(_count(small))
         return job.evaluate(compress.to_sparse(small))
 
-    def retrain(pruned: nn.Module, masks: Mapping[str, Tensor]) -> None:
-        # As the smaller network that it is: what shrink removes would get no gradient, and never come back.
-        for name, layer in compress.shrink(pruned).named_children():
-            setattr(pruned, name, layer)
-        masks = {name: weight != 0 for name, weight in pruned.named_parameters()}
-        for _ in _train(job, pruned, config.finetune_epochs, config.learning_rate, seed, masks=masks):
-            pass
-
     points = prune.sweep(
         model, method, [k / 100 for k in config.k], score, scope=config.scope, skip=config.skip,
-        generator=torch.Generator().manual_seed(seed), retrain=retrain if config.finetune_epochs else None,
+        generator=torch.Generator().manual_seed(seed),
+        retrain=(lambda pruned, masks: _finetune(job, pruned, seed)) if config.finetune_epochs else None,
     )  # fmt: skip
     scores = len(kept) // len(points)  # a point: a retrained one has two
     return [
@@ -266,14 +261,29 @@ def _sweep(job: Run, model: nn.Module, method: str, seed: int) -> list[Row]:
     ]  # fmt: skip
 
 
+def _finetune(job: Run, pruned: nn.Module, seed: int) -> None:
+    """Retrain a pruned network in place, its zeros held, as the smaller one that it is.
+
+    What shrink removes would get no gradient, and never come back.
+    """
+    for name, layer in compress.shrink(pruned).named_children():
+        setattr(pruned, name, layer)
+    masks = {name: weight != 0 for name, weight in pruned.named_parameters()}
+    for _ in _train(job, pruned, job.config.finetune_epochs, job.config.learning_rate, seed, masks=masks):
+        pass
+
+
 def _count(model: nn.Module) -> int:
     return sum(int(weight.count_nonzero()) for weight in model.parameters())
 
 
 def _keep(job: Run, model: nn.Module, method: str, k: float) -> None:
-    """Save one pruned network, shrunk and compressed."""
+    """Save one pruned network of the first seed, fine-tuned if that was asked for, shrunk and compressed."""
     config = job.config
-    small = compress.shrink(prune.prune_model(model, method, k / 100, scope=config.scope, skip=config.skip))
+    pruned = prune.prune_model(model, method, k / 100, scope=config.scope, skip=config.skip)
+    if config.finetune_epochs:
+        _finetune(job, pruned, config.seed)
+    small = compress.shrink(pruned)
     path = config.models / f"{job.kind}_{method}_{k:g}.bin"
     info = {
         "method": method, "k_percent": k, "accuracy_percent": 100 * job.evaluate(small), "weights_kept": _count(small),
@@ -351,27 +361,27 @@ def _warn_of_fallback(job: Run) -> None:
 # ── seeds: a file each until the run is whole, so that a killed run goes on where it was ──
 
 
-def _unfinished(job: Run, seed: int | str) -> list[Path]:
-    return list(job.config.plots.glob(UNFINISHED.format(job.kind, seed)))
+def _unfinished(job: Run, seed: int | str) -> Path:
+    return job.config.plots / f".unfinished_{job.kind}_seed{seed}.json"
 
 
 def _remember(job: Run, seed: int, rows: list[Row]) -> None:
     whole = {"circumstances": job.circumstances(), "rows": [asdict(row) for row in rows]}
-    utils.write_json(job.config.plots / UNFINISHED.format(job.kind, seed), whole)
+    utils.write_json(_unfinished(job, seed), whole)
 
 
 def _resume(job: Run, seed: int) -> list[Row]:
     """What a killed run in the same circumstances left of a seed, if anything; any other's is removed."""
-    for path in _unfinished(job, seed):
-        try:
-            left = json.loads(path.read_text(encoding="utf-8"))
-            if left["circumstances"] == job.circumstances() and job.config.model is None:
-                rows = [Row(**row) for row in left["rows"]]
-                say(f"seed {seed} is taken from {utils.shown(path)}: a run with the same settings was stopped after it")
-                return rows
-        except (OSError, ValueError, KeyError, TypeError):  # damaged, or a run beside this one has just removed it
-            pass
-        path.unlink(missing_ok=True)
+    path = _unfinished(job, seed)
+    try:
+        left = json.loads(path.read_text(encoding="utf-8"))
+        if left["circumstances"] == job.circumstances() and job.config.model is None:
+            rows = [Row(**row) for row in left["rows"]]
+            say(f"seed {seed} is taken from {utils.shown(path)}: a run with the same settings was stopped after it")
+            return rows
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is damaged
+        pass
+    path.unlink(missing_ok=True)
     return []
 
 
@@ -393,14 +403,16 @@ def _join_ranks() -> tuple[int, int]:
     return rank, ranks
 
 
-def _gather(parts: list[list[Row]], ranks: int) -> list[list[Row]]:
+def _gather(kind: str, parts: list[list[Row]], ranks: int) -> list[list[Row]]:
     """The rows of all ranks in the order of their seeds, on rank 0."""
     if ranks == 1:
         return parts
-    gathered: list[list[list[Row]]] = [[] for _ in range(ranks)]
-    distributed.gather_object(parts, gathered if distributed.get_rank() == 0 else None)
+    gathered: list[Any] | None = [None] * ranks if distributed.get_rank() == 0 else None
+    distributed.gather_object((kind, parts), gathered)
     distributed.destroy_process_group()
-    return sorted((part for one in gathered for part in one), key=lambda part: part[0].seed)
+    if gathered and len({kind for kind, _ in gathered}) > 1:  # one could not download it
+        raise DataError("the processes did not all have MNIST: choose --dataset mnist or --dataset digits")
+    return sorted((part for _, some in gathered or [] for part in some), key=lambda part: part[0].seed)
 
 
 def _allowed(choose: Callable[[Any], Any], setting: Any) -> Any:
@@ -411,4 +423,5 @@ def _allowed(choose: Callable[[Any], Any], setting: Any) -> Any:
 
 
 if __name__ == "__main__":
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # one line, for people
     sys.exit(main())

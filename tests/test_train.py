@@ -76,7 +76,11 @@ def test_the_whole_job_on_digits(tmp_path, capsys):
     accuracy = Engine(model).evaluate(Batches(digits.test_images, digits.test_labels, 100))
     about = json.loads((tmp_path / "models/digits_model.json").read_text())
     assert about["accuracy"]["testing_percent"] == pytest.approx(100 * accuracy)
-    assert about["settings"]["epochs"] == 10 and about["versions"]["torch"] == torch.__version__
+    assert (
+        about["settings"]["epochs"] == 10
+        and about["settings"]["batch_size"] == 64
+        and about["versions"]["torch"] == torch.__version__
+    )
 
 
 @pytest.mark.mnist
@@ -122,7 +126,7 @@ def test_held_out_results_bear_their_name(tmp_path, capsys):
 @pytest.mark.filterwarnings("ignore:pruning leaves nothing")  # of a layer that globally counts for little
 def test_every_way_to_prune(tmp_path, capsys):
     flags = ["--random-baseline", "--scope", "global", "--finetune-epochs", "1", "--skip", "fc5", "--unit-lasso", ".1"]
-    assert run_digits(tmp_path, "--epochs", "2", "--k", "50", "70", *flags) == 0
+    assert run_digits(tmp_path, "--epochs", "2", "--k", "50", "70", *flags, "--keep", "unit:70") == 0
     rows = read_rows(tmp_path)
     assert [row["method"] for row in rows[::3]] == ["weight", "unit", "random_weight", "random_unit"]
     accuracy = {(row["method"], row["k_percent"]): float(row["accuracy_percent"]) for row in rows}
@@ -132,6 +136,8 @@ def test_every_way_to_prune(tmp_path, capsys):
     assert finetuned["unit", "70"] > accuracy["unit", "70"]
     for row in rows:
         assert row["scope"] == "global"
+    _, kept = compress.load_compressed(tmp_path / "models/digits_unit_70.bin")
+    assert kept["accuracy_percent"] == pytest.approx(finetuned["unit", "70"], abs=1e-3)
     assert "units, fine-tuned: " in capsys.readouterr().out
 
 

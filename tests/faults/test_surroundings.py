@@ -128,7 +128,13 @@ def test_two_runs_at_once_both_end_well(tmp_path):
 
 
 def test_what_a_run_beside_this_one_has_just_removed_is_not_missed(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "_unfinished", lambda job, seed: [tmp_path / "gone.json"])
+    """The file of a finished seed is found, but gone when it is to be removed."""
+    found = Path.glob
+
+    def late(folder: Path, pattern: str) -> list[Path]:
+        return [folder / "gone.json"] if "unfinished" in pattern else list(found(folder, pattern))
+
+    monkeypatch.setattr(Path, "glob", late)
     assert main(tmp_path, "--model", str(good_model(tmp_path))) == 0
 
 
