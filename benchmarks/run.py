@@ -39,7 +39,7 @@ from config import Config  # noqa: E402
 from data import Batches, Dataset, load  # noqa: E402
 from engine import Adam, Engine  # noqa: E402
 from model import SIZES, NeuralNetwork  # noqa: E402
-from utils import atomic_write, pick_device, pick_precision  # noqa: E402
+from utils import atomic_write, pick_device, pick_precision, versions  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 MIB, GIB = 2**20, 2**30
@@ -137,11 +137,10 @@ def _status(field: str) -> float:
 
 def machine() -> str:
     """Hardware, versions and threads in one line."""
-    names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return (
-        f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {memory:.0f} GiB, {gpu}; "
+        f"{versions(torch.device('cpu'))['hardware']}, {os.cpu_count()} cores, {memory:.0f} GiB, {gpu}; "
         f"Python {platform.python_version()}, torch {torch.__version__}, NumPy {np.__version__}; "
         f"{torch.get_num_threads()} threads"
     )

@@ -195,8 +195,8 @@ def _download(packed: str, failed: dict[str, str]) -> bytes:
         from torchvision.datasets import MNIST
     except Exception as error:  # beside the wrong torch: RuntimeError, OSError, AttributeError, …
         raise DataError(
-            f"torchvision does not match torch {torch.__version__} ({_why(error)}): install the two together, "
-            "pip install --force-reinstall -r requirements.txt"
+            f"torchvision is missing or does not match torch {torch.__version__} ({_why(error)}): install the two "
+            "together, pip install --force-reinstall -r requirements.txt"
         ) from error
     for mirror in MNIST.mirrors:
         if mirror not in failed:

@@ -77,7 +77,7 @@ class Engine:
         self.hidden_weights = weights[:-1]  # the units of the output layer are the classes
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats.
+        """Mean cross-entropy in nats, with the engine's label smoothing.
 
         Args:
             logits: (B, classes), any float type; computed in float32.
