@@ -506,6 +506,9 @@ def test_masks_go_to_a_file_and_pruned_models_stay_plain() -> None:
     file.seek(0)
     loaded = torch.load(file, weights_only=True)
     assert loaded.keys() == masks.keys() and all(torch.equal(loaded[name], masks[name]) for name in masks)
+    for scope in ("layer", "global"):
+        for mask in prune.find_masks(mlp(6, 5, 4, 3), "weight", 0.4, scope=scope).values():
+            assert mask.untyped_storage().nbytes() == mask.numel()  # no mask takes others into its file
     pruned = prune.prune_model(model, "unit", 0.4)
     assert list(pruned.state_dict()) == list(model.state_dict())
     for module in pruned.modules():
