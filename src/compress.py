@@ -215,7 +215,8 @@ def to_sparse(model: nn.Module) -> nn.Sequential:
 
     Returns:
         A network in eval mode, without gradients, that takes (B, …) and gives the logits of `model` in eval mode, to
-        float rounding.
+        float rounding. It can be pickled, but neither deep-copied (torch cannot copy CSR tensors) nor compressed: save
+        `model`, and make it sparse after loading.
 
     Raises:
         ValueError: an unsupported module, or layers that do not fit.
@@ -284,7 +285,7 @@ def load_compressed(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """Load what `save_compressed` wrote. Nothing in the file is ever executed.
 
     Returns:
-        The model, on the CPU, in the mode it was saved in; and its `info`, {} if it had none.
+        The model, on the CPU, in the mode it was saved in, all parameters trainable; and its `info`, {} if it had none.
 
     Raises:
         ValueError: the file is cut short, damaged or not one of these.

@@ -42,7 +42,7 @@ def _path(text: str) -> Path:
 
 def _kept(text: str) -> tuple[str, float]:
     method, _, k = text.partition(":")
-    if method not in ("weight", "unit"):
+    if method not in ("weight", "unit") or not k:
         raise argparse.ArgumentTypeError(f"must be weight:K or unit:K, for example weight:90, got {text!r}")
     return method, _percent(k)
 
@@ -60,7 +60,7 @@ class Config:
         "auto", "auto: MNIST, or the bundled digits where it cannot be had", choices=("auto", "mnist", "digits")
     )
     holdout: bool = _setting(
-        False, "report on the last 10,000 training images, not trained on, instead of the test set"
+        False, "train without the last sixth of the training images (MNIST: 10,000), and report on it"
     )
     inputs: Path = _setting(ROOT / "inputs", "folder of the data sets", type=_path)
 
@@ -142,9 +142,11 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
         _add_flag(group, setting)
     given = vars(parser.parse_args(argv))
     if "model" in given:
-        idle = [name for name in ("epochs", "unit_lasso", "seeds") if name in given]
-        if idle:
+        training = ["epochs", "unit_lasso", "seeds"]
+        if not given.get("finetune_epochs"):
+            training += ["batch_size", "learning_rate", "weight_decay", "label_smoothing", "precision"]
+        if idle := [name for name in training if name in given]:
             parser.error(f"--{idle[0].replace('_', '-')} has no effect with --model, which takes the place of training")
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    given = {name: tuple(dict.fromkeys(value)) if isinstance(value, list) else value for name, value in given.items()}
     # The dense network is always measured: it is what the others are compared with.
     return Config(**{**given, "k": tuple(sorted({0.0, *given.get("k", K_PERCENT)}))})

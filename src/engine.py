@@ -30,14 +30,14 @@ class Engine:
         model: maps images (B, …) to logits (B, classes).
         optimizer: over the model's parameters; needed for training alone.
         scheduler: stepped once a batch.
-        masks: parameter name → mask, as `prune.find_masks` returns them: pruned weights are put back to zero after
-            every step, whatever momentum and weight decay do to them.
+        masks: parameter name → mask, as `prune.find_masks` returns them: pruned weights are zero from the start of
+            training on, and put back to zero after every step, whatever momentum and weight decay do to them.
         precision: of the training passes; torch.bfloat16 runs them under autocast. Weights stay as they are.
         label_smoothing: share of every target that is spread over all classes, in [0, 1], in training alone.
         unit_lasso: strength λ ≥ 0 of the pull on the L2 norm of every hidden unit.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is no module, or `precision` no torch.dtype.
         ValueError: `label_smoothing` or `unit_lasso` is out of range.
 
     Example:
@@ -63,6 +63,8 @@ class Engine:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if not isinstance(precision, torch.dtype):
+            raise TypeError(f"precision must be a torch.dtype, such as torch.bfloat16, got {precision!r}")
         if not (0 <= label_smoothing <= 1 and unit_lasso >= 0):
             given = f"{label_smoothing} and {unit_lasso}"
             raise ValueError(f"label_smoothing must be in [0, 1] and unit_lasso >= 0, got {given}")
@@ -106,6 +108,7 @@ class Engine:
         if self.optimizer is None:
             raise ValueError("training needs an optimizer: Engine(model, optimizer)")
         self.model.train()
+        self._hold()
         counts = []  # left on the device: reading one would make the CPU wait for every step
         losses = []
         samples = 0
@@ -138,6 +141,9 @@ class Engine:
             self._pull(optimizer.param_groups[0]["lr"])
         if self.scheduler is not None:
             self.scheduler.step()
+        self._hold()
+
+    def _hold(self) -> None:
         if self.masks is not None:
             apply_masks(self.model, self.masks)
 
@@ -150,7 +156,7 @@ class Engine:
 
     @torch.inference_mode()
     def evaluate(self, batches: Batches) -> float:
-        """Accuracy in [0, 1] over all samples, computed in the model's own precision with dropout off.
+        """Accuracy in [0, 1] over all samples, computed in the model's own precision. It leaves the model in eval mode.
 
         Args:
             batches: pairs of images (B, …) and class numbers (B,); B may differ from batch to batch.

@@ -24,6 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+__all__ = [
+    *("METHODS", "SweepPoint", "achieved_sparsity", "apply_masks", "find_masks", "prune_model", "sweep"),
+    *("unit_mask", "weight_mask"),
+]
+
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # the integers that a weight's bytes are multiplied as
@@ -65,9 +70,10 @@ def _random_unit(weight: Tensor) -> Tensor:
     return _random_weight(weight.flatten(1).any(1))
 
 
-# The one place to add a criterion: METHODS["mine"] = function. It gets a weight (with its .grad), outputs in dim 0 even
-# for transposed convolutions. It returns scores, the lowest of which are pruned first: of weight's shape for a weight
-# method, (units,) for a unit method. Magnitudes are taken block by block; other scores are held in memory.
+# The one place to add a criterion: METHODS["mine"] = function. It gets a weight of the model's own (with its .grad) to
+# read, outputs in dim 0 even for transposed convolutions. It returns scores, the lowest of which are pruned first: of
+# weight's shape for a weight method, (units,) for a unit method. Magnitudes are taken block by block; other scores are
+# held in memory.
 METHODS: dict[str, Callable[[Tensor], Tensor]] = {
     "weight": torch.abs,
     "unit": _relative_norm,
@@ -158,8 +164,8 @@ def find_masks(
             ``round(sparsity * n)`` go; a larger sparsity prunes a superset.
         scope: "layer" ranks within each layer, "global" across all of them ("unit": by norms relative to the mean of
             the layer).
-        skip: names of layers to spare; () spares none. None spares the last prunable layer in order of registration:
-            its units are the model's outputs.
+        skip: names of layers to spare; () spares none. None spares the last prunable layer in order of registration,
+            since its units should be the model's outputs: if another layer's are, name that one.
         generator: source of the random methods' numbers; None: torch's global generators.
 
     Returns:
@@ -334,13 +340,14 @@ def sweep(
 
 
 def _checked_sparsity(sparsity: float) -> float:
+    if isinstance(sparsity, Tensor | np.ndarray) and sparsity.ndim == 0:
+        sparsity = sparsity.item()
     if isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real):
         raise TypeError(f"sparsity must be a number in [0, 1], got {sparsity!r}")
-    sparsity = float(sparsity)
     if not 0 <= sparsity <= 1:
-        hint = f": did you mean {sparsity / 100:g}?" if 1 < sparsity <= 100 else ""
-        raise ValueError(f"sparsity must be a fraction in [0, 1], got {sparsity:g}{hint}")
-    return sparsity
+        hint = f": did you mean {float(sparsity) / 100:g}?" if 2 <= sparsity <= 100 else ""
+        raise ValueError(f"sparsity must be a fraction in [0, 1], got {sparsity}{hint}")
+    return float(sparsity)
 
 
 def _dense(name: str, tensor: Any) -> Tensor:
@@ -513,7 +520,8 @@ def _scored(weight: _Weight, score: Callable[[Tensor], Tensor]) -> _Scores:
         _check_finite(weight.name, tensor)
     scores = score(tensor)
     if not isinstance(scores, Tensor) or not scores.is_floating_point():
-        raise TypeError(f"the scores of {weight.name} must be a floating-point tensor, got {scores!r:.80}")
+        got = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
+        raise TypeError(f"the scores of {weight.name} must be a floating-point tensor, got {got}")
     if scores.shape not in (tensor.shape, tensor.shape[:1]):
         shapes = f"{tuple(tensor.shape)} or {tuple(tensor.shape[:1])}"
         raise ValueError(f"the scores of {weight.name} must have shape {shapes}, got {tuple(scores.shape)}")

@@ -369,7 +369,7 @@ def plot_cost_sparsity(rows: Sequence[CostRow], title: str) -> "Figure":
         rows: the costs of one network at two batch sizes.
         title: what was measured and on what, in one line.
     """
-    batch_sizes = sorted({row.batch_size for row in rows})
+    small, large = sorted({row.batch_size for row in rows})
     figure, panels = _figure(2, 2, (11, 7.2))
     accuracy, size, *latencies = panels
     ks = np.array(sorted({row.k_percent for row in rows}))
@@ -379,9 +379,7 @@ def plot_cost_sparsity(rows: Sequence[CostRow], title: str) -> "Figure":
     dense_bytes = max(row.stored_bytes for row in rows)
     for method in ("weight", "unit"):
         marker = "o-" if method == "weight" else "s-"
-        points = [
-            row for row in rows if row.method == method and row.batch_size == batch_sizes[0] and row.form != "sparse"
-        ]
+        points = [row for row in rows if row.method == method and row.batch_size == small and row.form != "sparse"]
         k = [row.k_percent for row in points]
         left = [100 * row.stored_bytes / dense_bytes for row in points]
         accuracy.plot(k, [row.accuracy_percent for row in points], marker, color=COLORS[method], label=NAMES[method])
@@ -389,7 +387,7 @@ def plot_cost_sparsity(rows: Sequence[CostRow], title: str) -> "Figure":
     accuracy.set(ylabel="accuracy, %", ylim=(0, 104))
     size.set_ylabel(f"file, % of dense ({dense_bytes / 1e6:.2f} MB)")
     _log_scale(size, "y")
-    for panel, batch_size in zip(latencies, batch_sizes, strict=True):
+    for panel, batch_size in zip(latencies, (small, large), strict=True):
         for method in ("weight", "unit"):
             _draw_latency(panel, [row for row in rows if row.method == method and row.batch_size == batch_size])
         panel.set_ylabel(f"latency, ms (batch {batch_size})")

@@ -1,5 +1,6 @@
 """Train a network, prune copies of it at every k %, plot accuracy against sparsity: `python src/train.py`."""
 
+import hashlib
 import io
 import json
 import os
@@ -71,11 +72,13 @@ class Run:
         return Engine(model).evaluate(Batches(self.dataset.test_images, self.dataset.test_labels, EVALUATION_BATCH))
 
     def circumstances(self) -> dict[str, Any]:
-        """What a resumed run must share beside the seed, as plain values that JSON can hold."""
+        """What the numbers depend on beside the seed, as plain values that JSON can hold."""
         settings = {name: value for name, value in asdict(self.config).items() if name not in ("seed", "seeds")}
         settings |= {"dataset": self.dataset.name, "batch_size": self.batch_size}
         settings |= {"device": self.device.type, "precision": str(self.precision)}
-        return json.loads(json.dumps({"settings": settings, "versions": utils.versions(self.device)}, default=str))
+        sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+        versions = {"source": hashlib.md5(sources, usedforsecurity=False).hexdigest(), **utils.versions(self.device)}
+        return json.loads(json.dumps({"settings": settings, "versions": versions}, default=str))
 
 
 # ── the story ──
@@ -150,7 +153,8 @@ def _one_network(job: Run, seed: int) -> list[Row]:
     trained = time.perf_counter()
     methods = ["weight", "unit"] + (["random_weight", "random_unit"] if config.random_baseline else [])
     rows = [row for method in methods for row in _sweep(job, model, method, seed)]
-    say(f"trained in {trained - started:.1f} s, swept in {time.perf_counter() - trained:.1f} s")
+    done = "trained" if config.model is None else "loaded"
+    say(f"{done} in {trained - started:.1f} s, swept in {time.perf_counter() - trained:.1f} s")
     if seed == config.seed:
         for method, k in config.keep:
             _keep(job, model, method, k)
@@ -284,12 +288,15 @@ def _keep(job: Run, model: nn.Module, method: str, k: float) -> None:
     if config.finetune_epochs:
         _finetune(job, pruned, config.seed)
     small = compress.shrink(pruned)
-    path = config.models / f"{job.kind}_{method}_{k:g}.bin"
     info = {
         "method": method, "k_percent": k, "accuracy_percent": 100 * job.evaluate(small), "weights_kept": _count(small),
         "dense_bytes": compress.stored_bytes(model), **job.circumstances(),
     }  # fmt: skip
-    compress.save_compressed(small, path, info)
+    compress.save_compressed(small, _kept_path(job, method, k), info)
+
+
+def _kept_path(job: Run, method: str, k: float) -> Path:
+    return job.config.models / f"{job.kind}_{method}_{k:g}.bin"
 
 
 def _measure_costs(job: Run, model: nn.Module, rows: Sequence[Row]) -> list[CostRow]:
@@ -362,27 +369,35 @@ def _warn_of_fallback(job: Run) -> None:
 
 
 def _unfinished(job: Run, seed: int | str) -> Path:
-    return job.config.plots / f".unfinished_{job.kind}_seed{seed}.json"
+    """The file of a seed; runs in other circumstances have others."""
+    circumstances = hashlib.md5(json.dumps(job.circumstances()).encode(), usedforsecurity=False).hexdigest()
+    return job.config.plots / f".unfinished_{circumstances}_{job.kind}_seed{seed}.json"
 
 
 def _remember(job: Run, seed: int, rows: list[Row]) -> None:
-    whole = {"circumstances": job.circumstances(), "rows": [asdict(row) for row in rows]}
-    utils.write_json(_unfinished(job, seed), whole)
+    utils.write_json(_unfinished(job, seed), [asdict(row) for row in rows])
 
 
 def _resume(job: Run, seed: int) -> list[Row]:
-    """What a killed run in the same circumstances left of a seed, if anything; any other's is removed."""
+    """What a killed run in the same circumstances left of a seed, if anything."""
     path = _unfinished(job, seed)
     try:
-        left = json.loads(path.read_text(encoding="utf-8"))
-        if left["circumstances"] == job.circumstances() and job.config.model is None:
-            rows = [Row(**row) for row in left["rows"]]
+        rows = [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+        if job.config.model is None and (seed != job.config.seed or _has_models(job)):
             say(f"seed {seed} is taken from {utils.shown(path)}: a run with the same settings was stopped after it")
             return rows
     except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is damaged
         pass
-    path.unlink(missing_ok=True)
     return []
+
+
+def _has_models(job: Run) -> bool:
+    """Whether the files of the first seed's networks are there, and not those of another run."""
+    config, path = job.config, job.config.models / f"{job.kind}_model.json"
+    about = json.loads(path.read_text(encoding="utf-8"))
+    files = [path.with_suffix(".bin"), *(_kept_path(job, method, k) for method, k in config.keep)]
+    expected = {"seed": config.seed, **job.circumstances()}
+    return all(file.exists() for file in files) and all(about[name] == value for name, value in expected.items())
 
 
 # ── ranks ──

@@ -64,7 +64,11 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         OSError: the folder cannot be written to, or the disk is full.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.{os.getpid()}.", suffix=".tmp", dir=path.parent)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.{os.getpid()}.", suffix=".tmp", dir=path.parent)
+    except OSError as error:
+        error.filename = str(path)  # people know nothing of the temporary one
+        raise
     os.close(handle)
     temporary = Path(name)
     try:

@@ -142,6 +142,15 @@ def test_unit_lasso_is_the_proximal_step_on_every_hidden_unit():
     assert all(torch.equal(weight, pulled[name]) for name, weight in model.state_dict().items())
 
 
+def test_masks_hold_from_the_first_batch_on():
+    model = NeuralNetwork((8, 5, 3))
+    masks = prune.find_masks(model, "weight", 0.5)
+    pruned = prune.prune_model(model, "weight", 0.5)
+    batches = some_batches(60, 7)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    assert Engine(model, optimizer, masks=masks).train_epoch(batches) == hits(pruned, batches) / 67
+
+
 def test_divergence_is_told():
     model = NeuralNetwork((8, 5, 3))
     engine = Engine(model, torch.optim.SGD(model.parameters(), lr=1e30))
@@ -151,6 +160,8 @@ def test_divergence_is_told():
 
 def test_what_is_missing_is_named():
     model = NeuralNetwork((8, 5, 3))
+    with pytest.raises(TypeError, match=r"precision must be a torch.dtype.*'bf16'"):
+        Engine(model, precision="bf16")
     with pytest.raises(ValueError, match="needs an optimizer"):
         Engine(model).train_epoch(some_batches(8))
     with pytest.raises(ValueError, match="no batches"):

@@ -228,6 +228,7 @@ def test_sparsity_may_be_any_real_number(number: float) -> None:
     ("sparsity", "error", "message"),
     [
         (80, ValueError, r"got 80: did you mean 0\.8\?"),
+        (1.0000001, ValueError, r"got 1\.0000001$"),
         (1.5, ValueError, r"\[0, 1\], got 1.5"),
         (-0.1, ValueError, r"\[0, 1\], got -0.1"),
         (float("nan"), ValueError, "got nan"),
@@ -235,7 +236,8 @@ def test_sparsity_may_be_any_real_number(number: float) -> None:
         ("0.5", TypeError, "got '0.5'"),
         (True, TypeError, "got True"),
         (None, TypeError, "got None"),
-        (torch.tensor(0.5), TypeError, "got tensor"),
+        (torch.tensor([0.5]), TypeError, "got tensor"),
+        (torch.tensor(1.5), ValueError, r"\[0, 1\], got 1.5"),
         (0.5j, TypeError, "got 0.5j"),
     ],
 )
@@ -243,6 +245,12 @@ def test_sparsity_may_be_any_real_number(number: float) -> None:
 def test_bad_sparsity(function: object, sparsity: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         function(torch.ones(3, 3), sparsity)
+
+
+@pytest.mark.parametrize("half", [0.5, np.float32(0.5), np.array(0.5), torch.tensor(0.5)])
+def test_a_number_of_any_kind_is_a_sparsity(half: object) -> None:
+    weight = torch.randn(10)
+    assert torch.equal(prune.weight_mask(weight, half), stable(weight.abs(), 0.5))
 
 
 @pytest.mark.parametrize(

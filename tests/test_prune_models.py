@@ -451,7 +451,7 @@ def test_a_criterion_of_ones_own(methods: dict[str, Callable[[Tensor], Tensor]])
     [
         (lambda weight: weight[0], ValueError, r"scores of 0.weight must have shape \(5, 6\) or \(5,\), got \(6,\)"),
         (lambda weight: weight * float("nan"), ValueError, "scores of 0.weight contain NaN"),
-        (lambda weight: 3, TypeError, "scores of 0.weight must be a floating-point tensor, got 3"),
+        (lambda weight: 3, TypeError, "scores of 0.weight must be a floating-point tensor, got int"),
         (lambda weight: weight.long(), TypeError, "scores of 0.weight must be a floating-point tensor"),
     ],
 )

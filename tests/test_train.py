@@ -209,23 +209,50 @@ def test_a_run_that_is_stopped_goes_on_after_the_last_whole_seed(tmp_path, monke
     assert trained == [0, "again", 1, 0, 1]
 
 
-def test_other_settings_never_mix_with_what_a_stopped_run_left(tmp_path, monkeypatch):
+def stop_after_the_first_seed(folder: Path, *flags: str) -> None:
     original = train._train_network
 
-    def stopping(job, seed):
+    def stopping(job: train.Run, seed: int) -> torch.nn.Module:
         if seed == 1:
             raise Stopped
         return original(job, seed)
 
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(train, "_train_network", stopping)
-        run_digits(tmp_path / "a", *QUICK, "--seeds", "2")
-    assert any(".unfinished" in name for name in files(tmp_path / "a"))
-    changed = (*QUICK, "--seeds", "2", "--learning-rate", "1e-3")
-    assert run_digits(tmp_path / "a", *changed) == 0
-    assert run_digits(tmp_path / "b", *changed) == 0
+        run_digits(folder, *flags)
+
+
+def test_other_settings_never_mix_with_what_a_stopped_run_left(tmp_path, capsys):
+    flags = (*QUICK, "--seeds", "2")
+    stop_after_the_first_seed(tmp_path / "a", *flags)
+    (left,) = [name for name in files(tmp_path / "a") if ".unfinished" in name]
+    for name in "ab":
+        assert run_digits(tmp_path / name, *flags, "--learning-rate", "1e-3") == 0
     assert read_rows(tmp_path / "a") == read_rows(tmp_path / "b")
-    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert files(tmp_path / "a") == {*files(tmp_path / "b"), left}  # and the stopped one can still go on
+    assert "is taken from" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", ["model gone", "model of another seed", "kept gone", "code"])
+def test_a_first_seed_without_its_networks_or_of_other_code_is_done_again(change, tmp_path, monkeypatch, capsys):
+    flags = ("--epochs", "1", "--k", "50", "--seeds", "2", "--keep", "unit:50")
+    stop_after_the_first_seed(tmp_path, *flags)
+    model = tmp_path / "models" / "digits_model.bin"
+    written = model.read_bytes()
+    if change == "model gone":
+        model.unlink()
+    if change == "model of another seed":
+        about = model.with_suffix(".json")
+        about.write_text(about.read_text().replace('"seed": 0', '"seed": 1'))
+        model.write_bytes(b"another")
+    if change == "kept gone":
+        (tmp_path / "models" / "digits_unit_50.bin").unlink()
+    if change == "code":
+        (tmp_path / "src").mkdir()
+        monkeypatch.setattr(train, "__file__", str(tmp_path / "src" / "train.py"))
+    assert run_digits(tmp_path, *flags) == 0
+    assert capsys.readouterr().out.count("is taken from") == 0
+    assert model.read_bytes() == written and (tmp_path / "models" / "digits_unit_50.bin").exists()
 
 
 def test_two_ranks_write_what_one_process_writes(tmp_path):
