@@ -70,14 +70,14 @@ def load(dataset: str, inputs: Path, *, holdout: bool = False, device: torch.dev
     name, reason = "digits", ""
     if dataset != "digits":
         try:
-            name, arrays = "mnist", _read_mnist(Path(inputs) / "MNIST" / "raw")
+            name, tensors = "mnist", _read_mnist(Path(inputs) / "MNIST" / "raw")
         except DataError as error:
             if dataset == "mnist":
                 raise DataError(f"{error}, or choose --dataset digits") from error
             reason = str(error)
     if name == "digits":
-        arrays = _read_digits()
-    images, labels, test_images, test_labels = (torch.from_numpy(array).to(device) for array in arrays)
+        tensors = _read_digits()
+    images, labels, test_images, test_labels = (tensor.to(device) for tensor in tensors)
     if holdout:
         kept = len(labels) - len(labels) // 6
         images, test_images = images[:kept], images[kept:]
@@ -126,30 +126,31 @@ class Batches:
             yield self.images.index_select(0, chosen), self.labels.index_select(0, chosen)
 
 
-def _read_digits() -> list[np.ndarray]:
+def _read_digits() -> list[Tensor]:
     """Images (N, 784), bilinearly upsampled from 8x8, and labels (N,): 1,437 to train on, 360 to test."""
     try:
         data = _verified(DIGITS_FILE.read_bytes(), DIGITS_MD5)
     except (OSError, DataError) as error:
         raise DataError(f"{DIGITS_FILE}: {_why(error)}. Restore it: it is part of the repository") from error
     with np.load(io.BytesIO(data), allow_pickle=False) as file:  # shuffled once, when the file was made
-        small, labels = file["images"], file["labels"].astype(np.int64)  # (1797, 64) in 0..16, (1797,)
-    squares = torch.from_numpy(small / np.float32(16)).view(-1, 1, 8, 8)
-    images = torch.nn.functional.interpolate(squares, size=(28, 28), mode="bilinear").flatten(1).numpy()  # (1797, 784)
+        small, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()  # (1797, 64), (1797,)
+    squares = (small / 16).view(-1, 1, 8, 8)  # from values in 0..16
+    images = torch.nn.functional.interpolate(squares, size=(28, 28), mode="bilinear").flatten(1)  # (1797, 784)
     return [images[:1437], labels[:1437], images[1437:], labels[1437:]]
 
 
-def _read_mnist(raw: Path) -> list[np.ndarray]:
+def _read_mnist(raw: Path) -> list[Tensor]:
     """Images (N, 784) and labels (N,) to train on, then those to test."""
-    arrays = []
+    tensors = []
     failed: dict[str, str] = {}  # mirror → why; it is not asked again
     for name, md5 in MNIST_FILES.items():
-        data = _read_mnist_file(raw / name, md5, failed)
+        data = bytearray(_read_mnist_file(raw / name, md5, failed))  # torch warns of bytes, which can't be written to
         if "images" in name:  # verified bytes need no parsing: the header has 16 bytes here, 8 before labels
-            arrays.append(np.frombuffer(data, np.uint8, offset=16).reshape(-1, 784) / np.float32(255))
+            pixels = torch.frombuffer(data, dtype=torch.uint8, offset=16).view(-1, 784)
+            tensors.append(pixels.to(torch.float32).div_(255))
         else:
-            arrays.append(np.frombuffer(data, np.uint8, offset=8).astype(np.int64))
-    return arrays
+            tensors.append(torch.frombuffer(data, dtype=torch.uint8, offset=8).long())
+    return tensors
 
 
 def _read_mnist_file(path: Path, md5: str, failed: dict[str, str]) -> bytes:

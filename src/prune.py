@@ -11,7 +11,6 @@ alone, and so are layers that share such a weight. A weight that several layers 
 
 import contextlib
 import copy
-import functools
 import math
 import numbers
 import sys
@@ -41,11 +40,12 @@ def _norm(weight: Tensor) -> Tensor:
     """L2 norm of each unit: (units, …) → (units,), in fp32 for half precision."""
     if weight.dim() == 1:
         weight = weight.unsqueeze(1)
-    norm = functools.partial(torch.linalg.vector_norm, dim=tuple(range(1, weight.dim())), dtype=_widest(weight))
-    if weight.element_size() >= 4 or weight.numel() <= 4 * BLOCK or not weight.is_cpu:
-        return norm(weight)
+    how = {"dim": tuple(range(1, weight.dim())), "dtype": torch.promote_types(weight.dtype, torch.float32)}
+    if weight.element_size() >= 4 or weight.numel() <= 2 * BLOCK or not weight.is_cpu:
+        return torch.linalg.vector_norm(weight, **how)
     # torch converts half precision as a whole before it takes norms
-    return torch.cat([norm(rows) for rows in weight.split(max(4 * BLOCK // weight[0].numel(), 1))])
+    parts = weight.split(max(2 * BLOCK // weight[0].numel(), 1))
+    return torch.cat([torch.linalg.vector_norm(part, **how) for part in parts])
 
 
 def _relative_norm(weight: Tensor) -> Tensor:
@@ -370,11 +370,6 @@ def _check_finite(name: str, weight: Tensor) -> None:
         raise ValueError(f"{name} must be finite, but has NaN or infinite weights")
 
 
-def _widest(*tensors: Tensor) -> torch.dtype:
-    """The smallest type from fp32 up that holds the values of all."""
-    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
-
-
 def _drawn(generator: torch.Generator | None) -> int:
     """A seed, drawn from torch's global generator if none is given."""
     if not isinstance(generator, torch.Generator | None):
@@ -516,7 +511,7 @@ def _scored(weight: _Weight, score: Callable[[Tensor], Tensor]) -> _Scores:
         return _Scores(weight.name, tensor)
     if weight.tensor.grad is not None:
         tensor.grad = weight.turned(weight.tensor.grad)
-    if not math.isfinite(tensor.sum(dtype=_widest(tensor))):  # which may also overflow
+    if not math.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))):  # which may also overflow
         _check_finite(weight.name, tensor)
     scores = score(tensor)
     if not isinstance(scores, Tensor) or not scores.is_floating_point():
@@ -536,10 +531,12 @@ def _select(scores: Sequence[_Scores], sparsity: float) -> list[Tensor]:
 
     Source: Floyd and Rivest, "Expected Time Bounds for Selection" (1975).
     """
-    total, dtype = 0, _widest(*(each.tensor for each in scores))
+    total, dtype = 0, torch.float32
     for each in scores:
-        each.start, each.dtype = total, dtype
-        total += each.tensor.numel()
+        each.start, total = total, total + each.tensor.numel()
+        dtype = torch.promote_types(dtype, each.tensor.dtype)
+    for each in scores:
+        each.dtype = dtype
     count = round(sparsity * total)
     if total == 0:
         return [torch.ones_like(each.tensor, dtype=torch.bool) for each in scores]

@@ -34,6 +34,12 @@ from engine import Adam, Engine
 from model import NeuralNetwork
 from results import CostRow, Row
 
+
+def _digest(*texts: str) -> str:
+    return hashlib.md5("".join(texts).encode(), usedforsecurity=False).hexdigest()
+
+
+SOURCE = _digest(*(path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))))
 EVALUATION_BATCH = 2000  # images
 COST_BATCHES = (1, 256)  # images
 COST_ROUNDS = 5
@@ -76,8 +82,7 @@ class Run:
         settings = {name: value for name, value in asdict(self.config).items() if name not in ("seed", "seeds")}
         settings |= {"dataset": self.dataset.name, "batch_size": self.batch_size}
         settings |= {"device": self.device.type, "precision": str(self.precision)}
-        sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-        versions = {"source": hashlib.md5(sources, usedforsecurity=False).hexdigest(), **utils.versions(self.device)}
+        versions = {"source": SOURCE, **utils.versions(self.device)}
         return json.loads(json.dumps({"settings": settings, "versions": versions}, default=str))
 
 
@@ -370,8 +375,7 @@ def _warn_of_fallback(job: Run) -> None:
 
 def _unfinished(job: Run, seed: int | str) -> Path:
     """The file of a seed; runs in other circumstances have others."""
-    circumstances = hashlib.md5(json.dumps(job.circumstances()).encode(), usedforsecurity=False).hexdigest()
-    return job.config.plots / f".unfinished_{circumstances}_{job.kind}_seed{seed}.json"
+    return job.config.plots / f".unfinished_{_digest(json.dumps(job.circumstances()))}_{job.kind}_seed{seed}.json"
 
 
 def _remember(job: Run, seed: int, rows: list[Row]) -> None:

@@ -248,8 +248,7 @@ def test_a_first_seed_without_its_networks_or_of_other_code_is_done_again(change
     if change == "kept gone":
         (tmp_path / "models" / "digits_unit_50.bin").unlink()
     if change == "code":
-        (tmp_path / "src").mkdir()
-        monkeypatch.setattr(train, "__file__", str(tmp_path / "src" / "train.py"))
+        monkeypatch.setattr(train, "SOURCE", "another")
     assert run_digits(tmp_path, *flags) == 0
     assert capsys.readouterr().out.count("is taken from") == 0
     assert model.read_bytes() == written and (tmp_path / "models" / "digits_unit_50.bin").exists()
