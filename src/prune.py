@@ -31,7 +31,7 @@ __all__ = [
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # the integers that a weight's bytes are multiplied as
-NUMPY = ("cpu",)  # devices where NumPy ranks faster than torch
+NUMPY = True  # rank with it on the CPU, where it is faster than torch
 BLOCK, GPU_BLOCK = 2**19, 2**24  # scores to compare at a time: they fit into the cache, or keep a GPU busy
 FEW, GPU_FEW = 2**20, 2**12  # scores to rank all at once, on the CPU
 
@@ -540,7 +540,7 @@ def _select(scores: Sequence[_Scores], sparsity: float) -> list[Tensor]:
     count = round(sparsity * total)
     if total == 0:
         return [torch.ones_like(each.tensor, dtype=torch.bool) for each in scores]
-    if total <= (FEW if all(each.tensor.device.type in NUMPY for each in scores) else GPU_FEW):
+    if total <= (FEW if NUMPY and all(each.tensor.is_cpu for each in scores) else GPU_FEW):
         return _partitioned(scores, count)
     step = 30 * math.ceil(total ** (1 / 3) / 100) + 1  # out of step with rows whose length has factors 2, 3 or 5
     sample = np.concatenate([each.array(each.tensor.reshape(-1)[-each.start % step :: step]) for each in scores])
@@ -568,9 +568,9 @@ def _partitioned(scores: Sequence[_Scores], count: int) -> list[Tensor]:
     """What `_select` returns, at less expense if there are few scores."""
     flat = _flat(scores)
     magnitudes, rank = scores[0].scores is None, max(count - 1, 0)
-    if magnitudes:  # in place, and as integers, which rank the same but are partitioned sooner
-        flat.view(f"i{flat.itemsize}").partition(rank)
-    ordered = flat if magnitudes else np.partition(flat, rank)  # NaN is behind all others
+    ordered = flat if magnitudes else flat.copy()
+    # Magnitudes rank the same as integers, which are partitioned sooner. NaN is behind all others.
+    (ordered.view(f"i{flat.itemsize}") if magnitudes else ordered).partition(rank)
     last, largest = ordered[rank], ordered[rank:].max()
     for each in scores:
         each.check(largest)
@@ -642,7 +642,7 @@ def _compared(
 
 
 def _native(tensor: Tensor) -> Any:
-    return tensor.numpy() if tensor.device.type in NUMPY else tensor
+    return tensor.numpy() if NUMPY and tensor.is_cpu else tensor
 
 
 def _library(native: Any) -> Any:
