@@ -13,7 +13,7 @@ from conftest import ROOT
 import compress
 import train
 from config import K_PERCENT
-from data import Batches, load
+from data import Batches, DataError, load
 from engine import Engine
 from model import NeuralNetwork
 
@@ -267,6 +267,17 @@ def test_two_ranks_write_what_one_process_writes(tmp_path):
     assert files(tmp_path / "one") == files(tmp_path / "two")
     name = "plots/digits_accuracy_sparsity.csv"
     assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_ranks_that_have_other_images_are_told(monkeypatch):
+    def gather(own: object, gathered: list[object]) -> None:
+        gathered[:] = [own, ("digits", [])]
+
+    for name, fake in (("get_rank", lambda: 0), ("gather_object", gather), ("destroy_process_group", lambda: None)):
+        monkeypatch.setattr(train.distributed, name, fake)
+    with pytest.raises(DataError, match="did not all have MNIST"):
+        train._gather("mnist", [], 2)
+    assert train._gather("digits", [], 2) == []
 
 
 # ── the README ──
