@@ -73,6 +73,12 @@ class Run:
         """Images a training step."""
         return self.config.batch_size or (512 if self.dataset.name == "mnist" else 64)
 
+    @property
+    def hardware(self) -> str:
+        """What computes, in words."""
+        threads = torch.get_num_threads()
+        return f"{utils.versions(self.device)['hardware']}, {threads} thread{'s' if threads > 1 else ''}"
+
     def evaluate(self, model: nn.Module) -> float:
         """Accuracy in [0, 1] on the test (or held-out) images."""
         return Engine(model).evaluate(Batches(self.dataset.test_images, self.dataset.test_labels, EVALUATION_BATCH))
@@ -142,7 +148,7 @@ def _announce(job: Run) -> None:
     _warn_of_fallback(job)
     say(
         f"{dataset.name}: {len(dataset.train_labels):,} training and {len(dataset.test_labels):,} {job.tested.lower()}"
-        f" images; {utils.versions(job.device)['hardware']}, {torch.get_num_threads()} threads; training in"
+        f" images; {job.hardware}; training in"
         f" {str(job.precision).removeprefix('torch.')}; seed {config.seed}"
         + (f" to {config.seed + config.seeds - 1}" if config.seeds > 1 else "")
     )
@@ -349,8 +355,7 @@ def _report_costs(job: Run, model: nn.Module, rows: list[Row]) -> None:
     say("measuring file sizes and latencies ...")
     plain = [row for row in rows if row.method in ("weight", "unit")]
     costs = _measure_costs(job, model, plain)
-    hardware, threads = utils.versions(job.device)["hardware"], torch.get_num_threads()
-    title = f"{_title(job)}, one network (seed {job.config.seed}) on {hardware}, {threads} threads"
+    title = f"{_title(job)}, one network (seed {job.config.seed}) on {job.hardware}"
     results.write_csv(_plot_path(job, "cost_sparsity.csv"), costs)
     results.save_figure(_plot_path(job, "cost_sparsity.png"), results.plot_cost_sparsity(costs, title))
     for batch_size in COST_BATCHES:
