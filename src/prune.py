@@ -579,11 +579,8 @@ def _partitioned(scores: Sequence[_Scores], count: int) -> list[Tensor]:
     keep = flat > last
     if spare := len(flat) - np.count_nonzero(keep) - count:  # of those that equal the last one to prune
         keep[np.flatnonzero(flat == last)[-spare:]] = True
-    parts = [keep]
-    if len(scores) > 1:  # copies, lest a mask that is saved take all others along
-        parts = [keep[each.start :][: each.tensor.numel()].copy() for each in scores]
-    masks = [torch.from_numpy(part).view(each.tensor.shape) for part, each in zip(parts, scores, strict=True)]
-    return [mask.to(each.tensor.device) for mask, each in zip(masks, scores, strict=True)]
+    parts = [torch.from_numpy(keep[each.start :][: each.tensor.numel()]) for each in scores]
+    return [part.view(each.tensor.shape).to(each.tensor.device) for part, each in zip(parts, scores, strict=True)]
 
 
 def _flat(scores: Sequence[_Scores], out: np.ndarray | None = None) -> np.ndarray:

@@ -138,6 +138,12 @@ def test_what_a_run_beside_this_one_has_just_removed_is_not_missed(tmp_path, mon
     assert main(tmp_path, "--model", str(good_model(tmp_path))) == 0
 
 
+def test_a_file_in_a_folder_that_is_not_there_is_named_as_the_user_did(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught, utils.atomic_write(tmp_path / "none" / "file"):
+        pass
+    assert caught.value.filename == str(tmp_path / "none" / "file")
+
+
 def test_two_writers_of_one_file_do_not_meet(tmp_path):
     """The later one wins, whole; and a run that starts meanwhile takes neither for what a killed run has left."""
     path = tmp_path / "file"
