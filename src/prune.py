@@ -486,16 +486,14 @@ class _Scores:
         """The scores, but for their signs if they are magnitudes."""
         return self.weight if self.scores is None else self.scores
 
-    def ranked(self, part: Tensor, out: np.ndarray | None = None) -> Any:
+    def ranked(self, part: Tensor, out: Tensor | None = None) -> Any:
         """Scores of a part of the tensor: on the CPU an array, perhaps `out`, for NumPy is faster; else a tensor."""
-        scores = _native(part if part.dtype == self.dtype else part.to(self.dtype))
-        if self.scores is not None:
-            return scores
-        return np.abs(scores, out=out) if isinstance(scores, np.ndarray) else scores.abs()
+        scores = part if part.dtype == self.dtype else part.to(self.dtype)
+        return _native(scores if self.scores is not None else torch.abs(scores, out=out))
 
-    def array(self, part: Tensor, out: np.ndarray | None = None) -> np.ndarray:
+    def array(self, part: Tensor) -> np.ndarray:
         """The same as an array everywhere."""
-        return _array(self.ranked(part, out))
+        return _array(self.ranked(part))
 
     def check(self, largest: float) -> None:
         """Raise an error if what was found to be the largest score shows that something cannot be ranked."""
@@ -566,16 +564,15 @@ def _select(scores: Sequence[_Scores], sparsity: float) -> list[Tensor]:
 
 def _partitioned(scores: Sequence[_Scores], count: int) -> list[Tensor]:
     """What `_select` returns, at less expense if there are few scores."""
-    flat = _flat(scores)
     magnitudes, rank = scores[0].scores is None, max(count - 1, 0)
-    ordered = flat if magnitudes else flat.copy()
+    ordered = _flat(scores) if magnitudes else _flat(scores).copy()
     # Magnitudes rank the same as integers, which are partitioned sooner. NaN is behind all others.
-    (ordered.view(f"i{flat.itemsize}") if magnitudes else ordered).partition(rank)
+    (ordered.view(f"i{ordered.itemsize}") if magnitudes else ordered).partition(rank)
     last, largest = ordered[rank], ordered[rank:].max()
     for each in scores:
         each.check(largest)
-    if magnitudes:  # which takes less time than to have copied them
-        flat = _flat(scores, flat)
+    del ordered  # to take the scores once more, into the same memory, takes less time than to have copied them
+    flat = _flat(scores)
     keep = flat > last
     if spare := len(flat) - np.count_nonzero(keep) - count:  # of those that equal the last one to prune
         keep[np.flatnonzero(flat == last)[-spare:]] = True
@@ -583,11 +580,10 @@ def _partitioned(scores: Sequence[_Scores], count: int) -> list[Tensor]:
     return [part.view(each.tensor.shape).to(each.tensor.device) for part, each in zip(parts, scores, strict=True)]
 
 
-def _flat(scores: Sequence[_Scores], out: np.ndarray | None = None) -> np.ndarray:
-    """All scores in one array, which is `out` where that suits."""
-    if len(scores) == 1:
-        return scores[0].array(scores[0].tensor.reshape(-1), out)
-    return np.concatenate([each.array(each.tensor.reshape(-1)) for each in scores], out=out)
+def _flat(scores: Sequence[_Scores]) -> np.ndarray:
+    """All scores in one array."""
+    arrays = [each.array(each.tensor.reshape(-1)) for each in scores]
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _at_rank(scores: np.ndarray, step: int, rank: int) -> tuple[float, int]:
@@ -620,7 +616,7 @@ def _compared(
         mask = torch.empty(tensor.shape, dtype=torch.bool, device=tensor.device)
     kept, largest, between, places = 0, [0.0], [np.empty(0, np.float32)], [np.empty(0, int)]
     flat, parts, step = tensor.reshape(-1), _native(mask.view(-1)), BLOCK if tensor.is_cpu else GPU_BLOCK
-    scratch = torch.empty(step, dtype=scores.dtype, device="cpu").numpy()
+    scratch = torch.empty(min(step, tensor.numel()), dtype=scores.dtype, device=tensor.device)
     for first in range(0, tensor.numel(), step):
         keep = parts[first : first + step]
         block = scores.ranked(flat[first : first + step], scratch[: len(keep)])
