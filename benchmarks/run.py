@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,15 +48,17 @@ WEIGHTS = 2_386_000  # of the network
 TRAINING = 2 * (3 * WEIGHTS - 784_000)  # FLOPs an image
 SIDE, REPEATS = 2048, 5  # of the matrix products that give the limit
 PRODUCTS = REPEATS * 2 * SIDE**3  # FLOPs
+PASSES = 20 * 512  # images a turn: a second or so, as what else the machine does comes and goes
 MEMORY_ROUNDS = 3  # of inference
 
 
 class Timing(NamedTuple):
-    """Seconds that one side took, over all rounds."""
+    """Seconds that one side took, over all turns."""
 
     median: float
     low: float
     high: float
+    turns: tuple[float, ...] = ()
 
     def __str__(self) -> str:
         """Median and range, for a table."""
@@ -88,7 +91,17 @@ def alternate(
             break
         calls = 1 + int(0.01 / min(times[-1] for times in taken.values()))
     counted = {name: times[1:] or times for name, times in taken.items()}
-    return {name: Timing(statistics.median(times), min(times), max(times)) for name, times in counted.items()}
+    return {name: _timing(times) for name, times in counted.items()}
+
+
+def _timing(times: Sequence[float]) -> Timing:
+    return Timing(statistics.median(times), min(times), max(times), tuple(times))
+
+
+def ratio(slower: Timing, faster: Timing) -> str:
+    """Median and quartiles of the turns' ratios, for a table."""
+    low, median, high = np.quantile(np.divide(slower.turns, faster.turns), (0.25, 0.5, 0.75))
+    return f"{median:.3g} x" + (f" ({low:.3g} to {high:.3g})" if len(slower.turns) > 1 else "")
 
 
 def _seconds(side: Callable[[Any], object], states: Sequence[Any]) -> float:
@@ -152,6 +165,8 @@ def _lines(path: str) -> list[str]:
 
 def table(rows: Sequence[Mapping[str, object]]) -> str:
     """A Markdown table, its columns aligned so that it also reads well in a terminal."""
+    if not rows:
+        return "(none of the sizes asked for)"
     cells = [[*rows[0]], *([str(row.get(column, "")) for column in rows[0]] for row in rows)]
     widths = [max(len(line[number]) for line in cells) for number in range(len(cells[0]))]
     lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in cells]
@@ -183,6 +198,7 @@ def masks(options: argparse.Namespace) -> None:
     shapes = [(10, 10), (200, 500), (1000, 784), (512, 512, 3, 3), (4096, 4096), (8192, 8192)]
     counts = [count for count in (1, 4, 16, 60) if count * 2**24 <= options.max_weights]
     parts = [
+        "Medians of turns, with their range; ratios: medians of the turns' own, with their quartiles.",
         "Weights of one layer: `weight_mask` and `l1_unstructured`. Limit: to read the weights once and write a mask.",
         table([_layer_row(size, sparsity) for size in sizes for sparsity in options.sparsity]),
         "Units of one layer, sparsity 0.5: `unit_mask` and `ln_structured(n=2, dim=0)`.",
@@ -256,12 +272,13 @@ def _global_row(count: int) -> dict[str, object]:
     masks = {"prune.py": size, "torch": 4 * size}  # torch's are floats
     over = {name: (peak_memory(_ready, side, count) - masks[name]) / GIB for name, side in sides.items()}
     row: dict[str, object] = {"weights": f"{size / 1e6:,.0f} M", "prune.py": took["prune.py"]}
-    row |= {"torch": took.get("torch", "does not fit"), "ratio": _ratio(took) if "torch" in sides else ""}
+    row |= {"torch": took.get("torch", "does not fit")}
+    row["ratio"] = _ratio(took) if "torch" in sides else ""
     return row | {f"{name} over": f"{over[name]:.2f} GiB" if name in over else "" for name in masks}
 
 
 def _ratio(took: Mapping[str, Timing]) -> str:
-    return f"{took['torch'].median / took['prune.py'].median:.3g} x"
+    return ratio(took["torch"], took["prune.py"])
 
 
 def _precisions() -> dict[str, torch.dtype]:
@@ -288,19 +305,20 @@ def train(options: argparse.Namespace) -> None:
     rate = {name: statistics.median(one[name] for one in products) for name in products[0]}
     rates = " and ".join(f"{one / 1e9:,.0f} GFLOP/s in {name}" for name, one in rate.items())
     parts = [
-        f"Whole processes, start-up included: {options.epochs} epochs, 26 points; medians of {options.rounds} turns. "
-        "The ordinary script is `benchmarks/ordinary.py` with the number of loader workers fastest in one epoch and "
-        f"two points: {tried}.",
-        table([_job_row(name, jobs[name], took) for name in jobs]),
+        f"Whole processes, start-up included: {options.epochs} epochs, 26 points; medians of {options.rounds} turns "
+        "with their range, and of the turns' ratios with their quartiles. The ordinary script is "
+        "`benchmarks/ordinary.py` with the number of loader workers fastest in one epoch and two points: "
+        f"{tried}.",
+        table([_job_row(name, jobs, took[name]) for name in jobs]),
         f"Their parts beside the limit: FLOPs over the rate of a product of {SIDE} x {SIDE} matrices, "
         f"{rates} (medians before, between and after the jobs). To train on an image takes 2 x (3 x {WEIGHTS:,} - "
         f"784,000) = {TRAINING:,} FLOPs, as the first layer's inputs need no gradient; to evaluate it, 2 a weight. The "
         f"26 networks that are swept have {26 * WEIGHTS:,} weights; those that the main job evaluates keep {kept:,} of "
         "them.",
         table([row for name, job in took.items() for row in _part_rows(name, job, rate, options.epochs, kept)]),
-        f"The training passes alone: an epoch of `Engine.train_epoch` with the main job's settings, and {REPEATS} "
-        f"products, in {options.epoch_rounds} turns in one process.",
-        table(_epoch_rows(dataset, options.epoch_rounds)),
+        f"The training passes alone: `Engine.train_epoch` with the main job's settings on {PASSES:,} images, and "
+        f"{REPEATS} products, in {options.turns} turns in one process.",
+        table([*_passes_rows(dataset, options.turns)]),
         "Start-up, whole processes. To the first batch: with MNIST on the disk, unpacked.",
         table([start]),
     ]
@@ -344,10 +362,10 @@ def _job(command: Sequence[str]) -> Job:
     return Job(whole, trained, swept, float(re.findall(r"esting(?: Set Accuracy:)? (\S+)%", printed)[-1]))
 
 
-def _job_row(name: str, runs: Sequence[Job], took: Mapping[str, Job]) -> dict[str, object]:
-    times, job = [run.whole for run in runs], took[name]
-    row: dict[str, object] = {"job": name, "whole": Timing(job.whole, min(times), max(times))}
-    row["faster"] = f"{took['ordinary script'].whole / job.whole:.3g} x"
+def _job_row(name: str, jobs: Mapping[str, Sequence[Job]], job: Job) -> dict[str, object]:
+    whole = {each: _timing([run.whole for run in runs]) for each, runs in jobs.items()}
+    row: dict[str, object] = {"job": name, "whole": whole[name]}
+    row["faster"] = ratio(whole["ordinary script"], whole[name])
     row |= {"trained": f"{job.trained:.1f} s", "swept": f"{job.swept:.1f} s"}
     return row | {"sweep's share": f"{job.swept / job.whole:.0%}", "test accuracy": f"{job.accuracy:.2f} %"}
 
@@ -388,20 +406,21 @@ def _trainer(precision: torch.dtype, dataset: Dataset, sizes: Sequence[int] = SI
     return lambda *_: engine.train_epoch(batches)
 
 
-def _epoch_rows(dataset: Dataset, rounds: int) -> list[dict[str, object]]:
+def _passes_rows(dataset: Dataset, turns: int) -> Iterator[dict[str, object]]:
+    images, labels = dataset.train_images[:PASSES], dataset.train_labels[:PASSES]
+    few = replace(dataset, train_images=images, train_labels=labels)
     sides = {}
     for name, precision in _precisions().items():
-        sides[f"{name} products"] = _product(precision, dataset.train_images.device)
-        sides[f"{name} epoch"] = _trainer(precision, dataset)
-    took = alternate(sides, rounds=(rounds, rounds))
-    rows = []
+        sides[f"{name} products"] = _product(precision, images.device)
+        sides[f"{name} passes"] = _trainer(precision, few)
+    took = alternate(sides, rounds=(turns, turns))
     for name in _precisions():
-        products, epoch = took[f"{name} products"], took[f"{name} epoch"]
-        limit = Timing(*(len(dataset.train_labels) * TRAINING / PRODUCTS * seconds for seconds in products))
+        products, passes = took[f"{name} products"], took[f"{name} passes"]
+        limit = _timing([PASSES * TRAINING / PRODUCTS * seconds for seconds in products.turns])
+        low, median, high = np.quantile(np.divide(limit.turns, passes.turns), (0.25, 0.5, 0.75))
         row: dict[str, object] = {"precision": name, "rate": f"{PRODUCTS / products.median / 1e9:,.0f} GFLOP/s"}
-        row |= {"limit": limit, "took": epoch, "share of the limit": f"{limit.median / epoch.median:.0%}"}
-        rows.append(row | {"fastest of both": f"{limit.low / epoch.low:.0%}"})
-    return rows
+        row |= {"limit": limit, "took": passes}
+        yield row | {"share of the limit": f"{median:.0%} ({low:.0%} to {high:.0%})"}
 
 
 def _starts(main_job: Sequence[str]) -> dict[str, Callable[[Any], object]]:
@@ -602,7 +621,7 @@ def main() -> None:
     workers = sorted({0, 1, 2, os.cpu_count() or 1})
     command.add_argument("--rounds", type=int, default=2, help="runs of each job")
     command.add_argument("--epochs", type=int, default=10, help="of each job")
-    command.add_argument("--epoch-rounds", type=int, default=5, help="epochs of the training passes alone")
+    command.add_argument("--turns", type=int, default=40, help="turns of the training passes alone")
     command.add_argument("--workers", type=int, nargs="+", default=workers, help="of the ordinary script, to try")
     command.add_argument("--inputs", type=Path, default=ROOT / "inputs", help="folder of MNIST/")
     command.set_defaults(run=train)
