@@ -564,15 +564,17 @@ def _select(scores: Sequence[_Scores], sparsity: float) -> list[Tensor]:
 
 def _partitioned(scores: Sequence[_Scores], count: int) -> list[Tensor]:
     """What `_select` returns, at less expense if there are few scores."""
+    flat = _flat(scores)
     magnitudes, rank = scores[0].scores is None, max(count - 1, 0)
-    ordered = _flat(scores) if magnitudes else _flat(scores).copy()
+    ordered = flat if magnitudes else flat.copy()
     # Magnitudes rank the same as integers, which are partitioned sooner. NaN is behind all others.
-    (ordered.view(f"i{ordered.itemsize}") if magnitudes else ordered).partition(rank)
+    (ordered.view(f"i{flat.itemsize}") if magnitudes else ordered).partition(rank)
     last, largest = ordered[rank], ordered[rank:].max()
     for each in scores:
         each.check(largest)
-    del ordered  # to take the scores once more, into the same memory, takes less time than to have copied them
-    flat = _flat(scores)
+    if magnitudes:  # to take them once more, into the same memory, takes less time than to have copied them
+        del flat, ordered
+        flat = _flat(scores)
     keep = flat > last
     if spare := len(flat) - np.count_nonzero(keep) - count:  # of those that equal the last one to prune
         keep[np.flatnonzero(flat == last)[-spare:]] = True
