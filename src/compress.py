@@ -122,8 +122,9 @@ def _layers(model: nn.Module) -> list[tuple[str, Any]]:
         if type(layer) not in _LAYERS:
             supported = "Linear, Dropout, Flatten and elementwise activations with f(0) = 0"
             raise ValueError(f"{name} is a {type(layer).__name__}; supported are {supported}")
-        if isinstance(layer, nn.Linear) and not isinstance(layer.weight, nn.Parameter):
-            raise ValueError(f"{name}.weight is computed; make it permanent (torch.nn.utils.prune.remove) first")
+        for kind in ("weight", "bias") if isinstance(layer, nn.Linear) else ():
+            if kind not in layer._parameters:
+                raise ValueError(f"{name}.{kind} is computed; make it permanent (torch.nn.utils.prune.remove) first")
     shared = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
     if shared:
         raise ValueError(f"{', '.join(sorted(shared))}: shared with an earlier layer")
@@ -143,10 +144,11 @@ class SparseLinear(nn.Module):
         with warnings.catch_warnings():  # once a process, torch calls CSR tensors a beta feature
             warnings.simplefilter("ignore", UserWarning)
             csr = layer.weight.detach().repeat(_PARTS, 1).to_sparse_csr()
+            # int32, as MKL copies wider indices
             starts, columns, values = csr.crow_indices().int(), csr.col_indices().int(), csr.values()
             self.nonzero = len(values) // _PARTS
             first = starts[: self.out_features + 1], columns[: self.nonzero], values[: self.nonzero]
-            self.weight = nn.Buffer(torch.sparse_csr_tensor(*first, layer.weight.shape))  # MKL copies wider indices
+            self.weight = nn.Buffer(torch.sparse_csr_tensor(*first, layer.weight.shape, device=values.device))
         columns += self.in_features * torch.arange(_PARTS, device=columns.device).repeat_interleave(self.nonzero)
         self.starts, self.columns, self.values = nn.Buffer(starts), nn.Buffer(columns), nn.Buffer(values)
         self.bias = None if layer.bias is None else nn.Buffer(layer.bias.detach().repeat(_PARTS).unsqueeze(1))
@@ -285,7 +287,8 @@ def load_compressed(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """Load what `save_compressed` wrote. Nothing in the file is ever executed.
 
     Returns:
-        The model, on the CPU, in the mode it was saved in, all parameters trainable; and its `info`, {} if it had none.
+        The model, on the CPU, all of it in the mode that the whole was saved in, all parameters trainable; and its
+        `info`, {} if it had none.
 
     Raises:
         ValueError: the file is cut short, damaged or not one of these.
@@ -303,10 +306,10 @@ def _compressed(model: nn.Module, info: dict[str, Any] | None = None) -> memoryv
     _layers(model)
     named = [("", model)] if isinstance(model, NeuralNetwork) else model.named_modules(remove_duplicate=False)
     modules = [(name, type(module).__name__, _arguments(module)) for name, module in named]
-    tensors = {name: _pack(tensor) for name, tensor in model.state_dict().items()}
-    content = dict(format=_FORMAT, modules=modules, tensors=tensors, training=model.training, info=info or {})
+    content = dict(format=_FORMAT, modules=modules, training=model.training, info=info or {})
     buffer = io.BytesIO()
     try:
+        content["tensors"] = {name: _pack(tensor) for name, tensor in model.state_dict().items()}
         torch.save(content, buffer)
         _read(buffer)
     except Exception as error:
@@ -384,7 +387,7 @@ def _unpack(encoding: str, shape: list[int], index: Tensor, values: Tensor) -> T
         positions = np.cumsum(steps, dtype=np.int64)[steps != 255]
     if len(positions) != len(values) or np.any(np.diff(positions, append=size) < 1):
         raise ValueError("holds impossible indices")
-    flat = torch.zeros(size, dtype=values.dtype)
+    flat = values.new_zeros(size)
     flat[torch.from_numpy(positions)] = values
     return flat.reshape(shape)
 

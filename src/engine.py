@@ -76,7 +76,8 @@ class Engine:
         self.label_smoothing = label_smoothing
         self.unit_lasso = unit_lasso
         weights = [weight for weight in model.parameters() if weight.dim() > 1]
-        self.hidden_weights = weights[:-1]  # the units of the output layer are the classes
+        # The units of the output layer are the classes, and frozen layers stay as they are.
+        self.hidden_weights = [weight for weight in weights[:-1] if weight.requires_grad]
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats, with the engine's label smoothing.
@@ -151,8 +152,9 @@ class Engine:
     def _pull(self, learning_rate: float) -> None:
         """Proximal step of the group lasso: every hidden unit's norm shrinks by lr · λ, and no further than 0."""
         for weight in self.hidden_weights:
-            norm = l2(weight).unsqueeze(1).clamp_(min=torch.finfo(weight.dtype).tiny)  # (out, 1), none of them 0
-            weight.mul_((1 - learning_rate * self.unit_lasso / norm).clamp_(min=0))
+            norm = l2(weight).clamp_(min=torch.finfo(weight.dtype).tiny)  # (out,), none of them 0
+            scale = (1 - learning_rate * self.unit_lasso / norm).clamp_(min=0)
+            weight.mul_(scale.view(-1, *[1] * (weight.dim() - 1)))
 
     @torch.inference_mode()
     def evaluate(self, batches: Batches) -> float:

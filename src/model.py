@@ -57,7 +57,7 @@ class NeuralNetwork(nn.Module):
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> Self:
-        """A network whose sizes are read off the shapes, e.g. ``from_state_dict(torch.load(path))``.
+        """A network whose sizes and type are read off the weights, e.g. ``from_state_dict(torch.load(path))``.
 
         Args:
             state: ``fc1.weight`` … ``fcN.weight``, each (out, in), each layer's in the out of the one before.
@@ -83,6 +83,6 @@ class NeuralNetwork(nn.Module):
         for (before, weight), (after, following) in pairwise(zip(names, weights, strict=True)):
             if following.shape[1] != weight.shape[0]:
                 raise ValueError(f"{after} takes {following.shape[1]} inputs, but {before} has {weight.shape[0]} units")
-        model = cls((weights[0].shape[1], *(weight.shape[0] for weight in weights)))
+        model = cls((weights[0].shape[1], *(weight.shape[0] for weight in weights))).to(weights[0].dtype)
         model.load_state_dict(dict(state))
         return model

@@ -1,7 +1,7 @@
 """Prune any PyTorch model: find masks of what to remove, apply them, and see what each sparsity costs.
 
 This file needs nothing but torch and numpy: copy it beside any notebook. Pruned models stay plain modules, without any
-hooks. Masks fit ``torch.nn.utils.prune.custom_from_mask``, and a model pruned by torch.nn.utils.prune has its own in
+hooks. Masks fit ``torch.nn.utils.prune.custom_from_mask``, and this gives those of a model pruned by torch itself:
 
     {name.removesuffix("_mask"): mask.bool() for name, mask in model.named_buffers() if name.endswith("_mask")}
 
@@ -31,7 +31,7 @@ __all__ = [
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # the integers that a weight's bytes are multiplied as
-NUMPY = True  # rank with it on the CPU, where it is faster than torch
+NUMPY = True  # rank with it on the CPU, where it is faster; tests turn it off to take the path of GPUs there
 BLOCK, GPU_BLOCK = 2**19, 2**24  # scores to compare at a time: they fit into the cache, or keep a GPU busy
 FEW, GPU_FEW = 2**20, 2**12  # scores to rank all at once, on the CPU
 
@@ -170,7 +170,7 @@ def find_masks(
 
     Returns:
         Masks by parameter name, such as "fc1.weight", True = keep. Unit methods mask the biases, too ("fc1.bias"), but
-        a BatchNorm behind a pruned unit still emits its shift.
+        not those that other layers share; and a BatchNorm behind a pruned unit still emits its shift.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -196,12 +196,8 @@ def find_masks(
         groups = [weights] if scope == "global" else [[weight] for weight in weights]
         scores = ([_scored(weight, METHODS[method]) for weight in group] for group in groups)
         keeps = [keep for group in scores if group for keep in _select(group, sparsity)]
-    masks: dict[str, Tensor] = {}
-    empty = []
-    for weight, keep in zip(weights, keeps, strict=True):
-        masks.update(weight.masks(keep))
-        if weight.tensor.numel() and not _native(keep).any():
-            empty.append(weight.name)
+    masks = dict(pair for weight, keep in zip(weights, keeps, strict=True) for pair in weight.masks(keep))
+    empty = [each.name for each in weights if each.tensor.numel() and not _native(masks[each.name]).any()]
     if empty:
         warnings.warn(f"pruning leaves nothing of {', '.join(empty)}", stacklevel=2)
     return masks
@@ -365,11 +361,6 @@ def _dense(name: str, tensor: Any) -> Tensor:
     return tensor.detach()
 
 
-def _check_finite(name: str, weight: Tensor) -> None:
-    if not weight.isfinite().all():
-        raise ValueError(f"{name} must be finite, but has NaN or infinite weights")
-
-
 def _drawn(generator: torch.Generator | None) -> int:
     """A seed, drawn from torch's global generator if none is given."""
     if not isinstance(generator, torch.Generator | None):
@@ -409,7 +400,7 @@ class _Weight(NamedTuple):
 
 def _expanded(keep: Tensor, weight: Tensor) -> Tensor:
     """A mask of weight's shape from one that may be (units,)."""
-    return keep.view(*keep.shape, *[1] * (weight.dim() - keep.dim())).expand_as(weight)
+    return keep.view(keep.shape + (1,) * (weight.dim() - keep.dim())).expand_as(weight)
 
 
 def _weights(model: nn.Module, skip: Collection[str] | None) -> list[_Weight]:
@@ -417,10 +408,12 @@ def _weights(model: nn.Module, skip: Collection[str] | None) -> list[_Weight]:
     layers: dict[str, Any] = {}
     others: set[int] = set()
     shared: dict[int, list[str]] = {}  # names of the layers that have a weight in common
+    owners: dict[int, set[str]] = {}  # the same of biases
     for name, module in _modules(model):
         if isinstance(module, LAYERS):
             layers[name] = module
             shared.setdefault(id(module._parameters.get("weight", module)), []).append(name)
+            owners.setdefault(id(module._parameters.get("bias", module)), set()).add(name)
         else:
             others.update(map(id, module._parameters.values()))
     prunable = [names for weight, names in shared.items() if weight not in others]
@@ -429,16 +422,19 @@ def _weights(model: nn.Module, skip: Collection[str] | None) -> list[_Weight]:
     for names in prunable:
         if spared.isdisjoint(names):
             layer, name = layers[names[0]], f"{names[0]}.weight".lstrip(".")
-            if "weight" not in layer._parameters:
-                cure = "torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations"
-                raise ValueError(f"{name} is computed from other parameters: make it permanent with {cure}")
+            for kind in ("weight", "bias"):
+                if kind not in layer._parameters:
+                    computed = f"{names[0]}.{kind}".lstrip(".")
+                    cure = "torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations"
+                    raise ValueError(f"{computed} is computed from other parameters: make it permanent with {cure}")
             tensor = _dense(name, layer.weight)
             tensor.grad = layer.weight.grad
             groups = layer.groups if isinstance(layer, TRANSPOSED) else 0
             biases: dict[int, str] = {}
             for each in names:
-                if layers[each].bias is not None:
-                    biases.setdefault(id(layers[each].bias), f"{each}.bias".lstrip("."))
+                bias = layers[each].bias
+                if bias is not None and id(bias) not in others and owners[id(bias)] <= set(names):
+                    biases.setdefault(id(bias), f"{each}.bias".lstrip("."))
             weights.append(_Weight(name, tensor, groups, list(biases.values())))
     return weights
 
@@ -495,22 +491,23 @@ class _Scores:
         """The same as an array everywhere."""
         return _array(self.ranked(part))
 
-    def check(self, largest: float) -> None:
-        """Raise an error if what was found to be the largest score shows that something cannot be ranked."""
-        if not math.isfinite(largest):
-            _check_finite(self.name, self.weight)
+    def check(self, witness: Any) -> None:
+        """Raise an error if a number that NaN and infinity outlast, such as a sum, shows one that can't be ranked."""
+        if not math.isfinite(witness):
+            if not self.weight.isfinite().all():
+                raise ValueError(f"{self.name} must be finite, but has NaN or infinite weights")
             if self.tensor.isnan().any():
                 raise ValueError(f"the scores of {self.name} contain NaN")
 
 
 def _scored(weight: _Weight, score: Callable[[Tensor], Tensor]) -> _Scores:
     tensor = weight.turned(weight.tensor)
+    scored = _Scores(weight.name, tensor)
     if score is torch.abs:
-        return _Scores(weight.name, tensor)
+        return scored
     if weight.tensor.grad is not None:
         tensor.grad = weight.turned(weight.tensor.grad)
-    if not math.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))):  # which may also overflow
-        _check_finite(weight.name, tensor)
+    scored.check(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)))
     scores = score(tensor)
     if not isinstance(scores, Tensor) or not scores.is_floating_point():
         got = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
@@ -518,14 +515,15 @@ def _scored(weight: _Weight, score: Callable[[Tensor], Tensor]) -> _Scores:
     if scores.shape not in (tensor.shape, tensor.shape[:1]):
         shapes = f"{tuple(tensor.shape)} or {tuple(tensor.shape[:1])}"
         raise ValueError(f"the scores of {weight.name} must have shape {shapes}, got {tuple(scores.shape)}")
-    return _Scores(weight.name, tensor, scores.detach())
+    scored.scores = scores.detach()
+    return scored
 
 
 def _select(scores: Sequence[_Scores], sparsity: float) -> list[Tensor]:
     """Masks that prune exactly round(sparsity * n) of n scores: the lowest, of equal ones the earlier first.
 
-    A score is ranked together with its place, so that no two are equal. A sample gives two bounds, between which the
-    last one to prune should be. All are compared with the bounds, but only those between them are ranked.
+    A score is ranked together with its place, so that no two are equal. The last one to prune most likely lies between
+    two bounds that a sample gives. All are compared with the bounds, but only those between them are ranked.
 
     Source: Floyd and Rivest, "Expected Time Bounds for Selection" (1975).
     """
@@ -632,7 +630,7 @@ def _compared(
         where = library.where(inside)[0]
         between.append(_array(block[where]))
         places.append(_array(where) + first)
-    scores.check(sum(largest))  # once for all blocks: NaN and infinity outlast a sum
+    scores.check(sum(largest))  # once for all blocks
     return mask, kept, np.concatenate(between), np.concatenate(places)
 
 

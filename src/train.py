@@ -227,7 +227,7 @@ def _load_network(job: Run, path: Path) -> nn.Module:
     try:
         with warnings.catch_warnings(action="ignore"):  # torch's, about files that are refused below
             state = torch.load(path, map_location="cpu", weights_only=True)
-        model = NeuralNetwork.from_state_dict(state)
+        model = NeuralNetwork.from_state_dict(state).float()
     except OSError:
         raise
     except (pickle.UnpicklingError, EOFError) as error:  # torch's own words advise to load what may run code

@@ -232,10 +232,8 @@ def test_a_shrunk_network_trains():
     assert smaller.sizes == (20, 20, 15, 10)
 
 
-def computed_weight():
-    model = NeuralNetwork((3, 4, 2))
-    torch.nn.utils.prune.l1_unstructured(model.fc1, "weight", 0.5)
-    return model
+def computed(layer, parameter):
+    return nn.Sequential(torch.nn.utils.prune.l1_unstructured(layer, parameter, 0.5))
 
 
 SHARED = nn.Linear(4, 4)
@@ -245,7 +243,8 @@ REFUSED = [
     (nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(8, 2)), "2 takes 8 inputs, 0 has 4 units"),
     (nn.Sequential(SHARED, nn.ReLU(), SHARED), r"2\.bias, 2\.weight: shared with an earlier layer"),
     (nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))), "0 is a ParametrizedLinear"),
-    (computed_weight(), "fc1.weight is computed"),
+    (computed(NeuralNetwork((3, 4, 2)).fc1, "weight"), r"0\.weight is computed"),
+    (computed(nn.Linear(3, 4), "bias"), r"0\.bias is computed"),
     (nn.Linear(3, 4), "got Linear"),
     (None, "got NoneType"),
 ]
@@ -575,6 +574,25 @@ def test_nan_with_a_payload_and_minus_zero_come_back_from_a_file(tmp_path):
 
 
 # latency, doctests
+
+
+def test_another_default_device_changes_nothing(tmp_path):
+    model = zero_smallest(NeuralNetwork((30, 20, 10)), 0.95)
+    save_compressed(model, tmp_path / "model.bin")
+    images = torch.rand(5, 30)
+    with torch.device("meta"):
+        loaded, _ = load_compressed(tmp_path / "model.bin")
+        logits = to_sparse(model)(images)
+    assert all(torch.equal(weight, loaded.state_dict()[name]) for name, weight in model.state_dict().items())
+    torch.testing.assert_close(logits, model(images).detach())
+
+
+@pytest.mark.parametrize("weight", [torch.ones(2, 3, device="meta"), torch.ones(2, 3, dtype=torch.complex128)])
+def test_weights_without_values_that_can_be_stored(weight):
+    model = NeuralNetwork((3, 2))
+    model.fc1.weight = nn.Parameter(weight)
+    with pytest.raises(ValueError, match="cannot be stored"):
+        stored_bytes(model)
 
 
 def test_latency_states_its_threads_and_leaves_the_model():

@@ -142,6 +142,17 @@ def test_unit_lasso_is_the_proximal_step_on_every_hidden_unit():
     assert all(torch.equal(weight, pulled[name]) for name, weight in model.state_dict().items())
 
 
+def test_unit_lasso_pulls_whole_filters_and_leaves_frozen_layers():
+    frozen = nn.Conv2d(1, 3, 3).requires_grad_(False)
+    model = nn.Sequential(frozen, nn.Conv2d(3, 3, 3), nn.Flatten(), nn.Linear(12, 2))
+    before = copy.deepcopy(model.state_dict())
+    engine = Engine(model, torch.optim.SGD(model.parameters(), lr=0.1), unit_lasso=0.5)
+    engine._pull(0.1)
+    for unit, old in zip(model[1].weight, before["1.weight"], strict=True):
+        torch.testing.assert_close(unit, old * (1 - 0.05 / float(old.norm())))
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in ("0.weight", "3.weight"))
+
+
 def test_masks_hold_from_the_first_batch_on():
     model = NeuralNetwork((8, 5, 3))
     masks = prune.find_masks(model, "weight", 0.5)

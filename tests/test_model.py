@@ -42,6 +42,12 @@ def test_sizes_are_read_off_a_state_dict(tmp_path):
     assert torch.equal(loaded(images), model(images))
 
 
+def test_a_state_dict_keeps_its_type():
+    model = NeuralNetwork((3, 2)).double()
+    model.fc1.weight.data.fill_(1e300)
+    assert torch.equal(NeuralNetwork.from_state_dict(model.state_dict()).fc1.weight, model.fc1.weight)
+
+
 @pytest.mark.parametrize("sizes", [(), (3,), (3, 0), (3, -1, 2)])
 def test_bad_sizes_are_refused(sizes):
     with pytest.raises(ValueError, match="two or more whole numbers >= 1"):

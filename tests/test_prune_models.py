@@ -238,6 +238,15 @@ def test_a_shared_weight_is_spared_if_any_of_its_layers_is(skip: tuple[str, ...]
     assert list(prune.find_masks(model, "weight", 0.5, skip=skip)) == ["0.weight", "4.weight"]
 
 
+@pytest.mark.parametrize("other", [2, 4])  # the spared output; a layer whose own units go
+def test_a_bias_that_other_layers_share_is_left_alone(other: int) -> None:
+    model = mlp(4, 4, 4, 4)
+    model[other].bias = model[0].bias
+    pruned = prune.prune_model(model, "unit", 0.5)
+    assert torch.equal(pruned[0].bias, model[0].bias) and pruned[other].bias is pruned[0].bias
+    assert prune.achieved_sparsity(pruned) == 0.5
+
+
 def test_a_layer_used_twice_has_one_mask() -> None:
     layer = nn.Linear(5, 5)
     model = nn.ModuleDict({"first": layer, "again": layer, "head": nn.Linear(5, 2)})
@@ -488,7 +497,11 @@ def test_masks_come_from_torch_and_go_to_it() -> None:
     assert returned.keys() == masks.keys() and all(torch.equal(returned[name], masks[name]) for name in masks)
     with pytest.raises(ValueError, match=r"0\.weight is computed from other parameters.*prune.remove"):
         prune.find_masks(model, "weight", 0.5)
-    with pytest.raises(ValueError, match=r"no parameter '0\.weight'; it has 0\.weight_orig"):
+    peer.remove(model[0], "weight")
+    with pytest.raises(ValueError, match=r"0\.bias is computed from other parameters"):
+        prune.find_masks(model, "unit", 0.5)
+    peer.custom_from_mask(model[0], "weight", masks["0.weight"])
+    with pytest.raises(ValueError, match=r"no parameter '0\.weight'; it has 0\.bias_orig"):
         prune.apply_masks(model, masks)
     prune.apply_masks(dense, returned)
     batch = torch.randn(3, 6)

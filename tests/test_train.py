@@ -177,6 +177,10 @@ def test_an_existing_model_takes_the_place_of_training(tmp_path, capsys):
     assert "Epoch" not in out and "(fc5)" in out
     assert read_rows(tmp_path) == rows and files(tmp_path) == before
     assert (path.read_bytes(), path.stat().st_mtime_ns) == (model, written)
+    state = torch.load(path, weights_only=True)
+    torch.save({name: weight.double() for name, weight in state.items()}, tmp_path / "double.bin")
+    assert run_digits(tmp_path, "--k", "50", "90", "--model", str(tmp_path / "double.bin")) == 0
+    assert read_rows(tmp_path) == rows
 
 
 # ── several seeds ──
