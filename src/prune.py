@@ -5,8 +5,9 @@ hooks. Masks fit ``torch.nn.utils.prune.custom_from_mask``, and this gives those
 
     {name.removesuffix("_mask"): mask.bool() for name, mask in model.named_buffers() if name.endswith("_mask")}
 
-The layers in `LAYERS` can be pruned. Everything else with weights (embeddings, normalization, packed attention) is left
-alone, and so are layers that share such a weight. A weight that several layers share counts once.
+The layers in `LAYERS` can be pruned. Everything else with weights (embeddings, recurrent layers, normalization, packed
+attention) is left alone and not counted, and so are layers that share such a weight; `weight_mask` and `apply_masks`
+prune any of them by name. A weight that several layers share counts once.
 """
 
 import contextlib
@@ -164,8 +165,8 @@ def find_masks(
             ``round(sparsity * n)`` go; a larger sparsity prunes a superset.
         scope: "layer" ranks within each layer, "global" across all of them ("unit": by norms relative to the mean of
             the layer).
-        skip: names of layers to spare; () spares none. None spares the last prunable layer in order of registration,
-            since its units should be the model's outputs: if another layer's are, name that one.
+        skip: names of the layers to spare, no others; () spares none. None spares the last prunable layer in order of
+            registration, since its units should be the model's outputs: if another layer's are, name that one.
         generator: source of the random methods' numbers; None: torch's global generators.
 
     Returns:
@@ -199,7 +200,7 @@ def find_masks(
     masks = dict(pair for weight, keep in zip(weights, keeps, strict=True) for pair in weight.masks(keep))
     empty = [each.name for each in weights if each.tensor.numel() and not _native(masks[each.name]).any()]
     if empty:
-        warnings.warn(f"pruning leaves nothing of {', '.join(empty)}", stacklevel=2)
+        warnings.warn(f"pruning leaves nothing of {', '.join(empty)} at sparsity {sparsity:g}", stacklevel=2)
     return masks
 
 
@@ -299,10 +300,11 @@ def sweep(
     Args:
         model, method, scope, skip: as in `find_masks`.
         sparsities: fractions in [0, 1], in any order.
-        score: what to ask of a pruned copy, such as its accuracy.
+        score: what to ask of a pruned copy, such as its accuracy. The copy is in the model's mode: training or not.
         generator: as in `find_masks`; one seed is drawn for all points, whatever the method, so that larger
             sparsities prune supersets.
-        retrain: trains a copy in place, its masks held with `apply_masks`; the copy is then scored again.
+        retrain: trains a copy in place, its masks held with `apply_masks`, or takes its BatchNorm's statistics anew;
+            the copy is then scored again.
 
     Returns:
         A point for each sparsity, in their order.
@@ -445,7 +447,8 @@ def _spared(skip: Collection[str] | None, names: Sequence[str], prunable: Sequen
         raise ValueError(f"the model has no prunable layer: none of {', '.join(kind.__name__ for kind in LAYERS)}")
     if skip is None:
         if len(prunable) == 1 and names[-1] in prunable[0]:
-            raise ValueError(f"{names[-1]!r} is the model's only prunable layer and spared by default: pass skip=()")
+            cure = "pass skip=() to prune it; other weights, such as an LSTM's, take weight_mask and apply_masks"
+            raise ValueError(f"{names[-1]!r} is the model's only prunable layer and spared by default: {cure}")
         return {names[-1]}
     if isinstance(skip, str) or not isinstance(skip, Collection):
         raise TypeError(f"skip must be a sequence of layer names, such as ({skip!r},), got {skip!r}")

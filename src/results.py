@@ -1,7 +1,7 @@
 """Rows of numbers, and what people read in them: curves, tables, CSV files, plots."""
 
 import csv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -264,7 +264,7 @@ def plot_accuracy_sparsity(rows: Sequence[Row], title: str) -> "Figure":
     """
     figure, panels = _plot_accuracy(rows, title, lambda curve: curve.k)
     _stretch_k(panels[0], np.array(sorted({row.k_percent for row in rows})))  # the panels share it
-    _mark_flat(panels[0], curves(rows), dense_accuracy(rows))
+    _mark_flat(panels[0], rows)
     panels[1].set_xlabel("pruned: k % of each layer (axis stretched by the logarithm of what is left)")
     return figure
 
@@ -319,15 +319,19 @@ def _name_level(axes: "Axes", level: float, name: str, end: float, *, below: boo
     )  # fmt: skip
 
 
-def _mark_flat(axes: "Axes", accuracy: Mapping[str, Curve], dense: float) -> None:
-    ends = {method: flat_until(curve, dense) for method, curve in accuracy.items() if method in ("weight", "unit")}
+def _mark_flat(axes: "Axes", rows: Sequence[Row]) -> None:
+    """Where the curves of weights and units are flat to; that of the fine-tuned ones only in words."""
+    dense, tuned = dense_accuracy(rows), curves(rows, "finetuned_percent")
+    ends = {method: flat_until(curve, dense) for method, curve in curves(rows).items() if method in ("weight", "unit")}
     found = sorted((k, method) for method, k in ends.items() if k is not None)
     for place, (k, method) in enumerate(found):
         color = COLORS[method]
+        then = flat_until(tuned[method], dense) if method in tuned else None
+        words = f"{NAMES[method]} flat to {k:g} %" + ("" if then is None else f"\nfine-tuned: to {then:g} %")
         axes.axvline(k, color=color, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
         # The two labels stand above the axes and point away from each other, for their lines may be close.
         axes.annotate(
-            f"{NAMES[method]} flat to {k:g} %", (k, 1), (0, 3), xycoords=("data", "axes fraction"),
+            words, (k, 1), (0, 3), xycoords=("data", "axes fraction"),
             textcoords="offset points", color=color, fontsize=9, ha="left" if place else "right", va="bottom",
         )  # fmt: skip
 
@@ -396,17 +400,17 @@ def plot_cost_sparsity(rows: Sequence[CostRow], title: str) -> "Figure":
         if k_pays is not None:
             panel.axvline(k_pays, color=COLORS["weight"], linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
         panel.set_title(f"sparse kernels {pays(k_pays)}", fontsize=9, color=COLORS["weight"])
-    key = "latency: median, bars between the quartiles; gray: dense; dotted: each form by itself"
+    key = "latency: median ± half the interquartile range; gray: dense; dotted: the slower of dense and sparse kernels"
     figure.suptitle(f"{title}\n{key}", fontsize=10)
     _add_legend(figure, accuracy)
     return figure
 
 
 def _draw_latency(axes: "Axes", rows: Sequence[CostRow]) -> None:
-    """One method's latency: the fastest form at every k thick, with bars between the quartiles; each form thin."""
+    """One method's latency: the fastest form at every k thick, with bars of its spread; each form thin."""
     color = COLORS[rows[0].method]
-    if rows[0].form == "dense":
-        axes.axhline(rows[0].latency_ms, color="0.6", linewidth=0.8, zorder=0)
+    if dense := [row.latency_ms for row in rows if row.form == "dense"]:  # zeros cost them what other weights do
+        axes.axhline(float(np.median(dense)), color="0.6", linewidth=0.8, zorder=0)
     for form in dict.fromkeys(row.form for row in rows):
         points = [row for row in rows if row.form == form]
         axes.plot([row.k_percent for row in points], [row.latency_ms for row in points], ":", color=color, linewidth=1)

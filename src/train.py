@@ -153,6 +153,8 @@ def _announce(job: Run) -> None:
         + (f" to {config.seed + config.seeds - 1}" if config.seeds > 1 else "")
     )
     say(f"k %: {' '.join(f'{k:g}' for k in config.k)}")
+    if 0 < config.k[-1] <= 1:
+        say(f"warning: k is in %: did you mean {' '.join(f'{100 * k:g}' for k in config.k)}?")
 
 
 def _one_network(job: Run, seed: int) -> list[Row]:
@@ -344,7 +346,7 @@ def _report(job: Run, rows: list[Row]) -> None:
     say(results.format_table(rows))
     say(results.format_facts(rows))
     seeds = len({row.seed for row in rows})
-    title = _title(job) + (f", mean of {seeds} seeds; bands: ± one sample standard deviation" if seeds > 1 else "")
+    title = _title(job) + (f"\nmean of {seeds} seeds; bands: ± one sample standard deviation" if seeds > 1 else "")
     results.write_csv(_plot_path(job, "accuracy_sparsity.csv"), rows)
     results.save_figure(_plot_path(job, "accuracy_sparsity.png"), results.plot_accuracy_sparsity(rows, title))
     results.save_figure(_plot_path(job, "accuracy_weights.png"), results.plot_accuracy_weights(rows, title))
@@ -363,7 +365,11 @@ def _report_costs(job: Run, model: nn.Module, rows: list[Row]) -> None:
 
 
 def _title(job: Run) -> str:
-    return f"{job.dataset.name.replace('mnist', 'MNIST')}, {len(job.dataset.test_labels):,} {job.tested.lower()} images"
+    config, data = job.config, job.dataset
+    images = f"{len(data.test_labels):,} {'held-out' if config.holdout else 'test'} images"
+    lasso = f", group lasso {config.unit_lasso:g}" if config.unit_lasso else ""
+    tuned = f", {config.finetune_epochs} epochs of fine-tuning" if config.finetune_epochs else ""
+    return f"{data.name.replace('mnist', 'MNIST')}, {images}{lasso}{tuned}"
 
 
 def _plot_path(job: Run, name: str) -> Path:

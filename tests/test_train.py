@@ -116,6 +116,13 @@ def test_scores_of_shrunk_and_sparse_copies_are_those_of_the_masked_network(tmp_
         assert float(row["accuracy_percent"]) == pytest.approx(accuracy, abs=1e-3)
 
 
+def test_fractions_in_place_of_percent_are_asked_about(tmp_path, capsys):
+    assert run_digits(tmp_path, "--epochs", "1", "--k", "0.5", "0.9") == 0
+    assert "did you mean 0 50 90?" in capsys.readouterr().out
+    assert run_digits(tmp_path, "--epochs", "1", "--k", "50", "0.9") == 0
+    assert "did you mean" not in capsys.readouterr().out
+
+
 def test_held_out_results_bear_their_name(tmp_path, capsys):
     assert run_digits(tmp_path, *QUICK, "--holdout") == 0
     assert "Held-out Set Accuracy" in capsys.readouterr().out
