@@ -82,11 +82,14 @@ class Config:
         "auto", "of the training passes; auto: bf16 where it is native", choices=("auto", "bf16", "fp32")
     )
 
-    k: tuple[float, ...] = _setting(K_PERCENT, "shares to prune, in %%; 0 is always added", type=_percent, nargs="+")
+    k: tuple[float, ...] = _setting(
+        K_PERCENT, "shares to prune, in %%; 0 is always added", type=_percent, nargs="+", action="extend"
+    )
     scope: str = _setting("layer", "rank within each layer, or across all", choices=("layer", "global"))
     skip: tuple[str, ...] | None = _setting(
-        None, "layers to spare, none if no name follows (default: the output layer)", nargs="*", metavar="NAME"
-    )
+        None, "layers to spare, none if no name follows (default: the output layer)",
+        nargs="*", action="extend", metavar="NAME",
+    )  # fmt: skip
     random_baseline: bool = _setting(False, "also prune at random, for comparison")
     finetune_epochs: int = _setting(0, "epochs to retrain each pruned network, its zeros held", type=_whole(0))
 

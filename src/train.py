@@ -39,7 +39,7 @@ def _digest(*texts: str) -> str:
     return hashlib.md5("".join(texts).encode(), usedforsecurity=False).hexdigest()
 
 
-SOURCE = _digest(*(path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))))
+SOURCE = _digest(*(path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("[!.]*.py"))))
 EVALUATION_BATCH = 2000  # images
 COST_BATCHES = (1, 256)  # images
 COST_ROUNDS = 5
@@ -60,7 +60,7 @@ class Run:
 
     @property
     def kind(self) -> str:
-        """What the results are of. All file names bear it, so that no result is taken for another's."""
+        """What the results are of. All file names but those of MNIST's own plots bear it."""
         return self.dataset.name + ("_holdout" if self.config.holdout else "")
 
     @property
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(config)
     except SettingError as error:
         return utils.fail(2, error)
-    except (DataError, OSError, ValueError, ArithmeticError, MemoryError) as error:
+    except (DataError, OSError, ImportError, ValueError, ArithmeticError, MemoryError) as error:
         return utils.fail(1, error)
     except torch.OutOfMemoryError:
         return utils.fail(1, "the GPU is out of memory: try a smaller --batch-size, or --device cpu")
@@ -136,8 +136,8 @@ def run(config: Config) -> None:
     rows = [row for part in _gather(job.kind, parts, ranks) for row in part]
     if rank == 0:
         _report(job, rows)
-        for done in config.plots.glob(_unfinished(job, "*").name):
-            done.unlink(missing_ok=True)
+        for seed in range(config.seed, config.seed + config.seeds):
+            _unfinished(job, seed).unlink(missing_ok=True)
         results_written = [path for path in utils.written if not path.name.startswith(".")]
         say("wrote " + ", ".join(map(utils.shown, results_written)))
         _warn_of_fallback(job)
@@ -384,7 +384,7 @@ def _warn_of_fallback(job: Run) -> None:
 # ── seeds: a file each until the run is whole, so that a killed run goes on where it was ──
 
 
-def _unfinished(job: Run, seed: int | str) -> Path:
+def _unfinished(job: Run, seed: int) -> Path:
     """The file of a seed; runs in other circumstances have others."""
     return job.config.plots / f".unfinished_{_digest(json.dumps(job.circumstances()))}_{job.kind}_seed{seed}.json"
 

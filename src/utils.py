@@ -98,7 +98,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def say(text: str) -> None:
     """Print a line or more at once, whatever the terminal or the pipe makes of it."""
-    encoding = sys.stdout.encoding or "utf-8"
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # stdout is None where it is closed
     try:
         print(text.encode(encoding, "replace").decode(encoding), flush=True)
     except BrokenPipeError:  # `| head` has seen enough; the run goes on for the sake of its files

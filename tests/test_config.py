@@ -27,11 +27,12 @@ def test_every_setting_has_a_flag_with_help(capsys):
 
 
 def test_k_is_sorted_each_once_and_with_the_dense_network():
-    assert parse_config(["--k", "90", "50", "90", "1e1"]).k == (0, 10, 50, 90)
+    assert parse_config(["--k", "90", "50", "--k", "90", "1e1"]).k == (0, 10, 50, 90)
 
 
 def test_skip_names_layers_or_none():
     assert parse_config(["--skip", "fc1", "fc5"]).skip == ("fc1", "fc5")
+    assert parse_config(["--skip", "fc1", "--skip", "fc5"]).skip == ("fc1", "fc5")
     assert parse_config(["--skip"]).skip == ()
 
 

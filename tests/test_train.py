@@ -240,6 +240,8 @@ def test_other_settings_never_mix_with_what_a_stopped_run_left(tmp_path, capsys)
     for name in "ab":
         assert run_digits(tmp_path / name, *flags, "--learning-rate", "1e-3") == 0
     assert read_rows(tmp_path / "a") == read_rows(tmp_path / "b")
+    assert run_digits(tmp_path / "a", *QUICK, "--seed", "5") == 0  # of the same settings, but not of its seeds
+    assert run_digits(tmp_path / "b", *QUICK, "--seed", "5") == 0
     assert files(tmp_path / "a") == {*files(tmp_path / "b"), left}  # and the stopped one can still go on
     assert "is taken from" not in capsys.readouterr().out
 

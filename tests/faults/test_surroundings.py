@@ -91,6 +91,21 @@ def test_a_closed_pipe_does_not_end_the_run_and_a_log_file_gets_no_bar(tmp_path)
     assert (tmp_path / "run" / "p" / "digits_accuracy_sparsity.png").exists()
 
 
+def test_without_any_output_the_files_are_still_written(tmp_path):
+    command = [sys.executable, ROOT / "src/train.py", "--dataset", "digits", "--epochs", "1", "--k", "50"]
+    folders = ["--models", str(tmp_path), "--plots", str(tmp_path)]
+    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command, *folders], stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "digits_accuracy_sparsity.png").exists()
+
+
+def test_a_missing_package_is_told_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    flags = ["--dataset", "digits", "--epochs", "1", "--k", "50", "--models", str(tmp_path), "--plots", str(tmp_path)]
+    assert train.main(flags) == 1
+    assert "matplotlib" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 def test_a_strange_shell_and_a_source_tree_that_is_left_alone(tmp_path):
     """A log file for a terminal, a C locale, no display, paths of all kinds, and sources that are read-only."""
     odd, log = tmp_path / "a b\nc ö 数", tmp_path / "log"
