@@ -368,7 +368,8 @@ def _title(job: Run) -> str:
     config, data = job.config, job.dataset
     images = f"{len(data.test_labels):,} {'held-out' if config.holdout else 'test'} images"
     lasso = f", group lasso {config.unit_lasso:g}" if config.unit_lasso else ""
-    tuned = f", {config.finetune_epochs} epochs of fine-tuning" if config.finetune_epochs else ""
+    epochs = config.finetune_epochs
+    tuned = f", {epochs} epoch{'s' if epochs > 1 else ''} of fine-tuning" if epochs else ""
     return f"{data.name.replace('mnist', 'MNIST')}, {images}{lasso}{tuned}"
 
 
