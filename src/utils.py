@@ -10,8 +10,9 @@ import platform
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
@@ -118,17 +119,25 @@ def fail(status: int, error: object) -> int:
 
 
 def stop_on_signals() -> None:
-    """From now on end at SIGINT and SIGTERM with a line that says what was written, and the shells' exit status."""
+    """From now on end at SIGINT and SIGTERM with a line that says what was written, and the shells' exit status.
+
+    The first signal still lets the run clean up; a second one, which may come in the midst of that, ends it at once.
+    """
 
     def stop(number: int, frame: object) -> NoReturn:
         kept = [shown(path) for path in dict.fromkeys(written) if path.exists()]
-        sys.stderr.write(
-            f"\ntrain.py: stopped; {'written: ' + ', '.join(kept) if kept else 'nothing was written yet'}\n"
-        )
+        line = f"\ntrain.py: stopped; {'written: ' + ', '.join(kept) if kept else 'nothing was written yet'}\n"
+        with contextlib.suppress(OSError):  # no stderr
+            os.write(2, line.encode(errors="replace"))  # sys.stderr may be in the midst of a write
+        _handle_stops(lambda number, frame: os._exit(128 + number))
         sys.exit(128 + number)
 
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    _handle_stops(stop)
+
+
+def _handle_stops(handler: Callable[[int, FrameType | None], object]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 
 def shown(path: Path) -> str:

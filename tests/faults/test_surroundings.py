@@ -77,6 +77,17 @@ def test_a_signal_during_the_imports_is_no_traceback():
     assert done.stderr == "\ntrain.py: stopped; nothing was written yet\n"
 
 
+def test_a_second_signal_amid_the_end_of_the_first_is_no_traceback():
+    code = (
+        "import atexit, os, signal, sys; sys.path.insert(0, 'src'); import utils; utils.stop_on_signals()\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGTERM)\n"
+        "signal.raise_signal(signal.SIGTERM)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 143
+    assert done.stderr == "\ntrain.py: stopped; nothing was written yet\n"
+
+
 def print_to(pipe: Path) -> None:
     os.dup2(os.open(pipe, os.O_WRONLY), 1)
 
