@@ -488,7 +488,9 @@ class _Scores:
     def ranked(self, part: Tensor, out: Tensor | None = None) -> Any:
         """Scores of a part of the tensor: on the CPU an array, perhaps `out`, for NumPy is faster; else a tensor."""
         scores = part if part.dtype == self.dtype else part.to(self.dtype)
-        return _native(scores if self.scores is not None else torch.abs(scores, out=out))
+        if self.scores is None:
+            scores = torch.abs(scores, out=_empty(scores.shape, scores.dtype, scores.device) if out is None else out)
+        return _native(scores)
 
     def array(self, part: Tensor) -> np.ndarray:
         """The same as an array everywhere."""
@@ -613,10 +615,7 @@ def _compared(
 ) -> tuple[Tensor, int, np.ndarray, np.ndarray]:
     """A mask of what is behind both bounds, how much it is, and the scores and indices of what is between them."""
     tensor = scores.tensor
-    if tensor.is_cpu:  # NumPy asks for huge pages, which makes a large new array several times cheaper to fill
-        mask = torch.from_numpy(np.empty(tensor.shape, bool))
-    else:
-        mask = torch.empty(tensor.shape, dtype=torch.bool, device=tensor.device)
+    mask = _empty(tensor.shape, torch.bool, tensor.device)
     kept, largest, between, places = 0, [0.0], [np.empty(0, np.float32)], [np.empty(0, int)]
     flat, parts, step = tensor.reshape(-1), _native(mask.view(-1)), BLOCK if tensor.is_cpu else GPU_BLOCK
     scratch = torch.empty(min(step, tensor.numel()), dtype=scores.dtype, device=tensor.device)
@@ -635,6 +634,13 @@ def _compared(
         places.append(_array(where) + first)
     scores.check(sum(largest))  # once for all blocks
     return mask, kept, np.concatenate(between), np.concatenate(places)
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A new tensor. NumPy asks for huge pages, in which a large one is filled and partitioned sooner."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.empty(shape, str(dtype).removeprefix("torch.")))
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def _native(tensor: Tensor) -> Any:
