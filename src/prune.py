@@ -144,7 +144,7 @@ def unit_mask(weight: Tensor, sparsity: float, dim: int = 0) -> Tensor:
     (keep,) = _select([_Scores("weight", weight, _norm(weight.transpose(0, dim)))], _checked_sparsity(sparsity))
     shape = [1] * weight.dim()
     shape[dim] = -1
-    return keep.view(shape).expand(weight.shape).contiguous()
+    return keep.view(shape).expand_as(weight).contiguous()
 
 
 def find_masks(
@@ -581,8 +581,8 @@ def _partitioned(scores: Sequence[_Scores], count: int) -> list[Tensor]:
     keep = flat > last
     if spare := len(flat) - np.count_nonzero(keep) - count:  # of those that equal the last one to prune
         keep[np.flatnonzero(flat == last)[-spare:]] = True
-    parts = [torch.from_numpy(keep[each.start :][: each.tensor.numel()]) for each in scores]
-    return [part.view(each.tensor.shape).to(each.tensor.device) for part, each in zip(parts, scores, strict=True)]
+    parts = [keep[each.start :][: each.tensor.numel()].reshape(each.tensor.shape) for each in scores]
+    return [torch.from_numpy(part).to(each.tensor.device) for part, each in zip(parts, scores, strict=True)]
 
 
 def _flat(scores: Sequence[_Scores]) -> np.ndarray:
