@@ -35,11 +35,11 @@ from model import NeuralNetwork
 from results import CostRow, Row
 
 
-def _digest(*texts: str) -> str:
-    return hashlib.md5("".join(texts).encode(), usedforsecurity=False).hexdigest()
+def _digest(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
-SOURCE = _digest(*(path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("[!.]*.py"))))
+SOURCE = _digest(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("[!.]*.py"))))
 EVALUATION_BATCH = 2000  # images
 COST_BATCHES = (1, 256)  # images
 COST_ROUNDS = 5
@@ -145,11 +145,13 @@ def run(config: Config) -> None:
 
 def _announce(job: Run) -> None:
     config, dataset = job.config, job.dataset
+    trains = config.model is None or config.finetune_epochs
     _warn_of_fallback(job)
     say(
         f"{dataset.name}: {len(dataset.train_labels):,} training and {len(dataset.test_labels):,} {job.tested.lower()}"
-        f" images; {job.hardware}; training in"
-        f" {str(job.precision).removeprefix('torch.')}; seed {config.seed}"
+        f" images; {job.hardware}; "
+        + (f"training in {str(job.precision).removeprefix('torch.')}; " if trains else "")
+        + f"seed {config.seed}"
         + (f" to {config.seed + config.seeds - 1}" if config.seeds > 1 else "")
     )
     say(f"k %: {' '.join(f'{k:g}' for k in config.k)}")
@@ -159,7 +161,7 @@ def _announce(job: Run) -> None:
 
 def _one_network(job: Run, seed: int) -> list[Row]:
     """Train (or load) one network and sweep it; from the first one, make what else was asked for."""
-    config, started = job.config, time.perf_counter()
+    config, started, before = job.config, time.perf_counter(), len(utils.written)
     if config.seeds > 1:
         say(f"seed {seed}, {seed - config.seed + 1} of {config.seeds}")
     model = _train_network(job, seed) if config.model is None else _load_network(job, config.model)
@@ -173,7 +175,7 @@ def _one_network(job: Run, seed: int) -> list[Row]:
             _keep(job, model, method, k)
         if config.costs:
             _report_costs(job, model, rows)
-    _remember(job, seed, rows)
+    _remember(job, seed, rows, utils.written[before:])
     return rows
 
 
@@ -305,11 +307,7 @@ def _keep(job: Run, model: nn.Module, method: str, k: float) -> None:
         "method": method, "k_percent": k, "accuracy_percent": 100 * job.evaluate(small), "weights_kept": _count(small),
         "dense_bytes": compress.stored_bytes(model), **job.circumstances(),
     }  # fmt: skip
-    compress.save_compressed(small, _kept_path(job, method, k), info)
-
-
-def _kept_path(job: Run, method: str, k: float) -> Path:
-    return job.config.models / f"{job.kind}_{method}_{k:g}.bin"
+    compress.save_compressed(small, config.models / f"{job.kind}_{method}_{k:.15g}.bin", info)
 
 
 def _measure_costs(job: Run, model: nn.Module, rows: Sequence[Row]) -> list[CostRow]:
@@ -387,33 +385,32 @@ def _warn_of_fallback(job: Run) -> None:
 
 def _unfinished(job: Run, seed: int) -> Path:
     """The file of a seed; runs in other circumstances have others."""
-    return job.config.plots / f".unfinished_{_digest(json.dumps(job.circumstances()))}_{job.kind}_seed{seed}.json"
+    circumstances = _digest(json.dumps(job.circumstances()).encode())
+    return job.config.plots / f".unfinished_{circumstances}_{job.kind}_seed{seed}.json"
 
 
-def _remember(job: Run, seed: int, rows: list[Row]) -> None:
-    utils.write_json(_unfinished(job, seed), [asdict(row) for row in rows])
+def _remember(job: Run, seed: int, rows: list[Row], files: Sequence[Path]) -> None:
+    """Write what a seed gave, and which files it left."""
+    digests = {str(path): _digest(path.read_bytes()) for path in files}
+    utils.write_json(_unfinished(job, seed), {"rows": [asdict(row) for row in rows], "files": digests})
 
 
 def _resume(job: Run, seed: int) -> list[Row]:
-    """What a killed run in the same circumstances left of a seed, if anything."""
+    """What a killed run in the same circumstances left of a seed, if that and the seed's files are whole."""
     path = _unfinished(job, seed)
     try:
-        rows = [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
-        if job.config.model is None and (seed != job.config.seed or _has_models(job)):
-            say(f"seed {seed} is taken from {utils.shown(path)}: a run with the same settings was stopped after it")
-            return rows
-    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is damaged
-        pass
-    return []
-
-
-def _has_models(job: Run) -> bool:
-    """Whether the files of the first seed's networks are there, and not those of another run."""
-    config, path = job.config, job.config.models / f"{job.kind}_model.json"
-    about = json.loads(path.read_text(encoding="utf-8"))
-    files = [path.with_suffix(".bin"), *(_kept_path(job, method, k) for method, k in config.keep)]
-    expected = {"seed": config.seed, **job.circumstances()}
-    return all(file.exists() for file in files) and all(about[name] == value for name, value in expected.items())
+        left = json.loads(path.read_text(encoding="utf-8"))
+        rows = [Row(**row) for row in left["rows"]]
+        files = left["files"].items()
+        whole = all(_digest(Path(file).read_bytes()) == digest for file, digest in files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # there is none, or it is damaged
+        return []
+    if not whole or job.config.model:  # another run has overwritten them; or what is in that file may have changed
+        return []
+    if seed == job.config.seed and not files:  # it was not the first one of that run
+        return []
+    say(f"seed {seed} is taken from {utils.shown(path)}: a run with the same settings was stopped after it")
+    return rows
 
 
 # ── ranks ──
@@ -421,7 +418,7 @@ def _has_models(job: Run) -> bool:
 
 def _join_ranks() -> tuple[int, int]:
     """This process's rank and how many there are: (0, 1) unless torchrun started it. Only rank 0 speaks."""
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    ranks = int(os.environ.get("WORLD_SIZE") or 1)
     if ranks == 1:
         return 0, 1
     if torch.cuda.is_available():

@@ -246,25 +246,24 @@ def test_other_settings_never_mix_with_what_a_stopped_run_left(tmp_path, capsys)
     assert "is taken from" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("change", ["model gone", "model of another seed", "kept gone", "code"])
+@pytest.mark.parametrize("change", ["model gone", "model foreign", "kept gone", "kept foreign", "not first", "code"])
 def test_a_first_seed_without_its_networks_or_of_other_code_is_done_again(change, tmp_path, monkeypatch, capsys):
     flags = ("--epochs", "1", "--k", "50", "--seeds", "2", "--keep", "unit:50")
     stop_after_the_first_seed(tmp_path, *flags)
-    model = tmp_path / "models" / "digits_model.bin"
-    written = model.read_bytes()
-    if change == "model gone":
-        model.unlink()
-    if change == "model of another seed":
-        about = model.with_suffix(".json")
-        about.write_text(about.read_text().replace('"seed": 0', '"seed": 1'))
-        model.write_bytes(b"another")
-    if change == "kept gone":
-        (tmp_path / "models" / "digits_unit_50.bin").unlink()
+    path = tmp_path / "models" / ("digits_unit_50.bin" if "kept" in change else "digits_model.bin")
+    written = path.read_bytes()
+    if "gone" in change:
+        path.unlink()
+    if "foreign" in change:
+        path.write_bytes(b"another")
+    if change == "not first":
+        (left,) = (tmp_path / "plots").glob(".unfinished*")
+        left.write_text(json.dumps({**json.loads(left.read_text()), "files": {}}))
     if change == "code":
         monkeypatch.setattr(train, "SOURCE", "another")
     assert run_digits(tmp_path, *flags) == 0
     assert capsys.readouterr().out.count("is taken from") == 0
-    assert model.read_bytes() == written and (tmp_path / "models" / "digits_unit_50.bin").exists()
+    assert path.read_bytes() == written
 
 
 def test_two_ranks_write_what_one_process_writes(tmp_path):
