@@ -637,7 +637,7 @@ def _compared(
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A new tensor. NumPy asks for huge pages, in which a large one is filled and partitioned sooner."""
+    """A new tensor. NumPy asks for huge pages, which makes a large one cheaper to fill."""
     if device.type == "cpu":
         return torch.from_numpy(np.empty(shape, str(dtype).removeprefix("torch.")))
     return torch.empty(shape, dtype=dtype, device=device)

@@ -397,17 +397,16 @@ def _remember(job: Run, seed: int, rows: list[Row], files: Sequence[Path]) -> No
 
 def _resume(job: Run, seed: int) -> list[Row]:
     """What a killed run in the same circumstances left of a seed, if that and the seed's files are whole."""
+    if job.config.model:  # what is in that file may have changed
+        return []
     path = _unfinished(job, seed)
     try:
         left = json.loads(path.read_text(encoding="utf-8"))
-        rows = [Row(**row) for row in left["rows"]]
-        files = left["files"].items()
-        whole = all(_digest(Path(file).read_bytes()) == digest for file, digest in files)
+        rows, files = [Row(**row) for row in left["rows"]], left["files"]
+        whole = all(_digest(Path(file).read_bytes()) == digest for file, digest in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # there is none, or it is damaged
         return []
-    if not whole or job.config.model:  # another run has overwritten them; or what is in that file may have changed
-        return []
-    if seed == job.config.seed and not files:  # it was not the first one of that run
+    if not whole or (seed == job.config.seed and not files):  # overwritten, or not the first one there
         return []
     say(f"seed {seed} is taken from {utils.shown(path)}: a run with the same settings was stopped after it")
     return rows

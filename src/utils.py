@@ -127,8 +127,8 @@ def stop_on_signals() -> None:
     def stop(number: int, frame: object) -> NoReturn:
         kept = [shown(path) for path in dict.fromkeys(written) if path.exists()]
         line = f"\ntrain.py: stopped; {'written: ' + ', '.join(kept) if kept else 'nothing was written yet'}\n"
-        with contextlib.suppress(OSError):  # no stderr
-            os.write(2, line.encode(errors="replace"))  # sys.stderr may be in the midst of a write
+        with contextlib.suppress(OSError, AttributeError):  # stderr is closed, or None
+            os.write(sys.stderr.fileno(), line.encode(errors="replace"))  # for print may be in the midst of a write
         _handle_stops(lambda number, frame: os._exit(128 + number))
         sys.exit(128 + number)
 
