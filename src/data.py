@@ -1,16 +1,14 @@
 """MNIST, or the bundled digits, as tensors in memory; batches of them.
 
-Nothing is used unverified: a file is read once, and the very bytes that were hashed are used.
+Nothing is used unverified, and nothing is read without end: every size is known.
 """
 
 import gzip
 import hashlib
 import io
-import sys
-import threading
+import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,23 +16,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils import atomic_write, prepare_folder
+from system import one_line, warn, write_file
 
-# The unpacked files with their MD5 digests; torchvision knows those of the .gz files only.
-MNIST_FILES = {
-    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+MNIST_FILES = {  # bytes unpacked and as .gz; MD5 of the unpacked ones
+    "train-images-idx3-ubyte": (47_040_016, 9_912_422, "6bbc9ace898e44ae57da46a324031adb"),
+    "train-labels-idx1-ubyte": (60_008, 28_881, "a25bea736e30d166cdddb491f175f624"),
+    "t10k-images-idx3-ubyte": (7_840_016, 1_648_877, "2646ac647ad5339dbf082846283269ea"),
+    "t10k-labels-idx1-ubyte": (10_008, 4_542, "27ae3e4e09519cfbb04c329615203637"),
 }
 DIGITS_FILE = Path(__file__).resolve().parents[1] / "inputs" / "digits.npz"  # wherever --inputs points
-DIGITS_MD5 = "83f13429d4bafcf5822a0e37e5a5e042"
+DIGITS_SIZE, DIGITS_MD5 = 46_319, "83f13429d4bafcf5822a0e37e5a5e042"
 TIMEOUT = 8.0  # seconds; two silent mirrors and a run on digits fit into half a minute
-SLOWEST = 10_000  # bytes a second; a mirror that sends less counts as silent
+SLOWEST = 30_000  # bytes a second on average; a mirror that sends less counts as silent
 
 
-class DataError(RuntimeError):
-    """The data cannot be had. The message is one line: which file, why, and what to do."""
+class DataError(OSError):
+    """The data is not available. The message is one line: which file, why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -46,37 +43,39 @@ class Dataset:
     train_labels: Tensor  # (N,) int64
     test_images: Tensor  # (M, 784) float32 in [0, 1]
     test_labels: Tensor  # (M,) int64
-    fallback_reason: str = ""  # one line, where these are the digits because MNIST cannot be had
+    fallback_reason: str = ""  # one line, where these are the digits because MNIST is not available
 
 
 def load(dataset: str, inputs: Path, *, holdout: bool = False, device: torch.device | str = "cpu") -> Dataset:
     """Load MNIST or the digits.
 
-    MNIST is read from `inputs`/MNIST/raw: its four files, or their .gz. What is missing or wrong there is
-    downloaded from torchvision's mirrors, and kept there unpacked. Lines on stderr tell of it.
+    MNIST is read from `inputs`/MNIST/raw: its four files, or their .gz. What is missing or wrong there is downloaded
+    from torchvision's mirrors, which lines on stderr tell. It is kept there unpacked, unless the folder is read-only.
 
     Args:
-        dataset: "mnist", "digits", or "auto": MNIST, or the digits where it cannot be had.
-        inputs: the folder of MNIST/; made where it is missing. It may be read-only.
+        dataset: "mnist", "digits", or "auto": MNIST, or the digits where it is not available.
+        inputs: the folder of MNIST/; made where it is missing.
         holdout: put the last sixth of the training images (MNIST: 10,000) in the place of the test images.
         device: where the tensors go.
 
     Raises:
         ValueError: another `dataset`.
-        DataError: "mnist" cannot be had, or the bundled digits are damaged.
+        DataError: "mnist" is not available, or the bundled digits are damaged.
+
+    Example:
+        >>> load("digits", Path("inputs")).train_images.shape
+        torch.Size([1437, 784])
     """
     if dataset not in ("auto", "mnist", "digits"):
         raise ValueError(f"dataset must be auto, mnist or digits, got {dataset!r}")
-    name, reason = "digits", ""
-    if dataset != "digits":
-        try:
-            name, tensors = "mnist", _read_mnist(Path(inputs) / "MNIST" / "raw")
-        except DataError as error:
-            if dataset == "mnist":
-                raise DataError(f"{error}, or choose --dataset digits") from error
-            reason = str(error)
-    if name == "digits":
-        tensors = _read_digits()
+    reason = ""
+    try:
+        tensors = _read_digits() if dataset == "digits" else _read_mnist(Path(inputs) / "MNIST" / "raw")
+    except DataError as error:
+        if dataset != "auto":
+            raise
+        reason, tensors = str(error), _read_digits()
+    name = "digits" if reason or dataset == "digits" else "mnist"
     images, labels, test_images, test_labels = (tensor.to(device) for tensor in tensors)
     if holdout:
         kept = len(labels) - len(labels) // 6
@@ -129,9 +128,9 @@ class Batches:
 def _read_digits() -> list[Tensor]:
     """Images (N, 784), bilinearly upsampled from 8x8, and labels (N,): 1,437 to train on, 360 to test."""
     try:
-        data = _verified(DIGITS_FILE.read_bytes(), DIGITS_MD5)
-    except (OSError, DataError) as error:
-        raise DataError(f"{DIGITS_FILE}: {_why(error)}. Restore it: it is part of the repository") from error
+        data = _read(DIGITS_FILE, DIGITS_SIZE, DIGITS_MD5)
+    except Exception as error:
+        raise DataError(f"{DIGITS_FILE}: {one_line(error)}. Restore it: it is part of the repository") from error
     with np.load(io.BytesIO(data), allow_pickle=False) as file:  # shuffled once, when the file was made
         small, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()  # (1797, 64), (1797,)
     squares = (small / 16).view(-1, 1, 8, 8)  # from values in 0..16
@@ -143,8 +142,8 @@ def _read_mnist(raw: Path) -> list[Tensor]:
     """Images (N, 784) and labels (N,) to train on, then those to test."""
     tensors = []
     failed: dict[str, str] = {}  # mirror → why; it is not asked again
-    for name, md5 in MNIST_FILES.items():
-        data = bytearray(_read_mnist_file(raw / name, md5, failed))  # torch warns of bytes, which can't be written to
+    for name in MNIST_FILES:
+        data = bytearray(_read_mnist_file(raw / name, failed))  # torch warns of bytes, which are read-only
         if "images" in name:  # verified bytes need no parsing: the header has 16 bytes here, 8 before labels
             pixels = torch.frombuffer(data, dtype=torch.uint8, offset=16).view(-1, 784)
             tensors.append(pixels.to(torch.float32).div_(255))
@@ -153,97 +152,77 @@ def _read_mnist(raw: Path) -> list[Tensor]:
     return tensors
 
 
-def _read_mnist_file(path: Path, md5: str, failed: dict[str, str]) -> bytes:
-    """The verified bytes of one file: from `path`, its .gz or a mirror not in `failed`; then kept at `path`."""
+def _read_mnist_file(path: Path, failed: dict[str, str]) -> bytes:
+    """The verified bytes of one file: from `path`, its .gz, or a mirror not in `failed`; then kept at `path`."""
+    size, _, md5 = MNIST_FILES[path.name]
     packed = path.with_name(f"{path.name}.gz")
-    sources: dict[str, Callable[[], bytes]] = {
-        str(path): path.read_bytes,
-        str(packed): lambda: gzip.decompress(packed.read_bytes()),
-        "download": lambda: gzip.decompress(_download(packed.name, failed)),
-    }
     faults = []
-    for source, read in sources.items():
+    for source in (path, packed, "download"):
         try:
-            data = _verified(read(), md5)
+            data = _read(source, size, md5) if isinstance(source, Path) else _download(path.name, failed)
         except FileNotFoundError:
-            pass
+            continue
         except Exception as error:  # gzip alone has four kinds for wrong bytes
-            faults.append(f"{source}: {_why(error)}")
-        else:
-            if faults:
-                print(f"Not used: {'; '.join(faults)}", file=sys.stderr)
-            if source != str(path):
-                _keep(data, path)
-            return data
+            faults.append(f"{source}: {one_line(error)}")
+            continue
+        if faults:
+            warn(f"Not used: {'; '.join(faults)}")
+        if source != path:
+            _keep(path, data)
+        return data
     raise DataError(
-        f"MNIST's {path.name} (MD5 {md5}) cannot be had: {'; '.join(faults)}. "
-        f"Put the four .gz files of MNIST into {path.parent}"
+        f"MNIST's {path.name} (MD5 {md5}) is not available: {'; '.join(faults)}. "
+        f"Put the four .gz files of MNIST into {path.parent}, or choose --dataset digits"
     )
 
 
-def _keep(data: bytes, path: Path) -> None:
+def _keep(path: Path, data: bytes) -> None:
     try:
-        prepare_folder(path.parent)
-        with atomic_write(path) as temporary:
-            temporary.write_bytes(data)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, data)
     except OSError as error:  # the bytes are good all the same
-        print(f"Cannot keep {path} ({_why(error)}); this run goes on without it", file=sys.stderr)
+        warn(f"MNIST is not kept unpacked: {one_line(error)}; this run goes on without that")
 
 
-def _download(packed: str, failed: dict[str, str]) -> bytes:
-    """A .gz file from the first mirror, but those in `failed`, whose bytes have torchvision's checksum."""
+def _download(name: str, failed: dict[str, str]) -> bytes:
+    """The verified bytes of a file, from the .gz of the first mirror that has them."""
     try:
         from torchvision.datasets import MNIST
     except Exception as error:  # beside the wrong torch: RuntimeError, OSError, AttributeError, …
         raise DataError(
-            f"torchvision is missing or does not match torch {torch.__version__} ({_why(error)}): install the two "
+            f"torchvision is missing or does not match torch {torch.__version__} ({one_line(error)}): install the two "
             "together, pip install --force-reinstall -r requirements.txt"
         ) from error
+    size, packed_size, md5 = MNIST_FILES[name]
     for mirror in MNIST.mirrors:
         if mirror not in failed:
-            print(f"Downloading {mirror}{packed}", file=sys.stderr)
+            warn(f"Downloading {mirror}{name}.gz")
             try:
-                return _verified(_fetch(mirror + packed), dict(MNIST.resources)[packed])
+                return _read(_fetch(f"{mirror}{name}.gz", packed_size), size, md5)
             except Exception as error:  # however a mirror fails, the next is asked
-                failed[mirror] = f"{mirror}: {_why(error)}"
+                failed[mirror] = f"{mirror}: {one_line(error)}"
     raise DataError("; ".join(failed.values()))
 
 
-def _fetch(url: str) -> bytes:
-    """The bytes at `url`; DataError when it fails or too few come within `TIMEOUT`.
-
-    A socket's own timeout leaves out the name look-up, starts anew for each address of the host, and never ends
-    for a server that trickles. So a thread does the transfer, and is left behind if it stalls.
-    """
-    received = bytearray()
-    whole: Future[bytes] = Future()
-
-    def transfer() -> None:
-        try:
-            with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
-                while chunk := response.read1(2**16):
-                    received.extend(chunk)
-            whole.set_result(bytes(received))
-        except Exception as error:  # handed on as words: kept, it would keep its socket open
-            whole.set_exception(DataError(_why(error)))
-
-    threading.Thread(target=transfer, daemon=True).start()
-    while True:
-        before = len(received)
-        try:
-            return whole.result(TIMEOUT)
-        except TimeoutError:
-            if len(received) - before < SLOWEST * TIMEOUT:
-                raise DataError(f"silent or too slow for {TIMEOUT:g} s") from None
+def _fetch(url: str, most: int) -> io.BytesIO:
+    """The bytes at `url`; DataError where they are more than `most` or come more slowly than `SLOWEST`."""
+    received, started = bytearray(), time.monotonic()
+    with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+        while chunk := response.read1(2**16):
+            received += chunk
+            seconds = time.monotonic() - started  # every byte starts urlopen's own timeout anew
+            if len(received) > most or (seconds > TIMEOUT and len(received) < SLOWEST * seconds):
+                raise DataError(f"endless or too slow: {len(received):,} bytes in {seconds:.0f} s")
+    return io.BytesIO(received)
 
 
-def _verified(data: bytes, md5: str) -> bytes:
-    found = hashlib.md5(data, usedforsecurity=False).hexdigest()
-    if found != md5:
-        raise DataError(f"{len(data):,} bytes with MD5 {found}, expected {md5}")
+def _read(source: Path | io.BytesIO, size: int, md5: str) -> bytes:
+    """The verified bytes of a file, or of a .gz or BytesIO unpacked; never more than one above `size` is held."""
+    if isinstance(source, Path) and source.exists() and not source.is_file():  # a FIFO would wait for a writer
+        raise DataError("not a regular file")
+    with gzip.open(source) if not isinstance(source, Path) or source.suffix == ".gz" else source.open("rb") as file:
+        data = file.read(size + 1)
+    if (found := hashlib.md5(data, usedforsecurity=False).hexdigest()) != md5:
+        amount = f"more than {size:,}" if len(data) > size else f"{len(data):,}"
+        raise DataError(f"{amount} bytes with MD5 {found}, expected {size:,} with {md5}")
     return data
-
-
-def _why(error: Exception) -> str:
-    """An error as one line, without the file name that the caller gives."""
-    return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())

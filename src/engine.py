@@ -1,26 +1,22 @@
 """Training and evaluation: one epoch at a time, over batches that are already on the model's device."""
 
+import contextlib
 import inspect
-from collections.abc import Iterable, Mapping
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import LRScheduler
 
-from prune import apply_masks
+from prune import apply_masks, find_masks
 from utils import l2
 
 Batches = Iterable[tuple[Tensor, Tensor]]
+Masks = Mapping[str, Tensor]  # parameter name → mask, as prune.find_masks returns them
 DIVERGED = 1000.0  # nats: the right class at e^-1000, on average over an epoch; no training comes back from there
-
-
-class Adam(torch.optim.Adam):
-    """torch's Adam, less what guards it against torch.compile: that imports the compiler, which takes over a second."""
-
-    add_param_group = inspect.unwrap(torch.optim.Adam.add_param_group)
-    zero_grad = inspect.unwrap(torch.optim.Adam.zero_grad)
-    step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
 
 
 class Engine:
@@ -30,8 +26,11 @@ class Engine:
         model: maps images (B, …) to logits (B, classes).
         optimizer: over the model's parameters; needed for training alone.
         scheduler: stepped once a batch.
-        masks: parameter name → mask, as `prune.find_masks` returns them: pruned weights are zero from the start of
-            training on, and put back to zero after every step, whatever momentum and weight decay do to them.
+        masks: the masks of each step, or None for a step through the dense weights. A step goes through the pruned
+            weights and moves the dense ones, so the model stays dense: `prune.apply_masks` prunes it at the end.
+            `itertools.repeat(masks)` holds the same masks throughout.
+        straight_through: pruned weights take part in such a step, with the gradient at zero, and may outgrow others
+            (Guo et al., "Dynamic Network Surgery", 2016). Otherwise they get no gradient.
         precision: of the training passes; torch.bfloat16 runs them under autocast. Weights stay as they are.
         label_smoothing: share of every target that is spread over all classes, in [0, 1], in training alone.
         unit_lasso: strength λ ≥ 0 of the pull on the L2 norm of every hidden unit.
@@ -56,7 +55,8 @@ class Engine:
         optimizer: torch.optim.Optimizer | None = None,
         *,
         scheduler: LRScheduler | None = None,
-        masks: Mapping[str, Tensor] | None = None,
+        masks: Iterable[Masks | None] | None = None,
+        straight_through: bool = False,
         precision: torch.dtype = torch.float32,
         label_smoothing: float = 0.0,
         unit_lasso: float = 0.0,
@@ -71,7 +71,8 @@ class Engine:
         self.model = model
         self.optimizer = optimizer
         self.scheduler = scheduler
-        self.masks = masks
+        self.masks = None if masks is None else iter(masks)
+        self.straight_through = straight_through
         self.precision = precision
         self.label_smoothing = label_smoothing
         self.unit_lasso = unit_lasso
@@ -109,16 +110,16 @@ class Engine:
         if self.optimizer is None:
             raise ValueError("training needs an optimizer: Engine(model, optimizer)")
         self.model.train()
-        self._hold()
         counts = []  # left on the device: reading one would make the CPU wait for every step
         losses = []
         samples = 0
         for images, targets in batches:
-            with torch.autocast(images.device.type, self.precision, enabled=self.precision != torch.float32):
-                logits = self._classify(images, targets)  # (B, classes)
-            loss = self.loss(logits, targets)
             self.optimizer.zero_grad()
-            loss.backward()
+            with self._pruned(None if self.masks is None else next(self.masks)):
+                with torch.autocast(images.device.type, self.precision, enabled=self.precision != torch.float32):
+                    logits = self._classify(images, targets)  # (B, classes)
+                loss = self.loss(logits, targets)
+                loss.backward()
             self._step(self.optimizer)
             samples += len(targets)
             counts.append((logits.detach().argmax(1) == targets).sum())
@@ -142,11 +143,27 @@ class Engine:
             self._pull(optimizer.param_groups[0]["lr"])
         if self.scheduler is not None:
             self.scheduler.step()
-        self._hold()
 
-    def _hold(self) -> None:
-        if self.masks is not None:
-            apply_masks(self.model, self.masks)
+    @contextlib.contextmanager
+    def _pruned(self, masks: Masks | None) -> Iterator[None]:
+        """Prune the weights for the time of a pass; the dense ones come back for the step."""
+        if masks is None:
+            yield
+            return
+        parameters = dict(self.model.named_parameters())
+        dense = {parameters[name]: parameters[name].data for name in masks}
+        for parameter, weight in dense.items():
+            parameter.data = weight.clone()  # 3 ms of a step of 50, and nothing has to be copied back
+        try:
+            apply_masks(self.model, masks)
+            yield
+        finally:
+            for parameter, weight in dense.items():
+                parameter.data = weight
+        if not self.straight_through:
+            for name, mask in masks.items():
+                if (gradient := parameters[name].grad) is not None:  # none where a layer is frozen
+                    gradient.mul_(mask)
 
     @torch.no_grad()
     def _pull(self, learning_rate: float) -> None:
@@ -176,3 +193,48 @@ class Engine:
         if samples == 0:
             raise ValueError("there are no batches to evaluate")
         return int(torch.stack(counts).sum()) / samples
+
+
+# ── masks to train through ──
+
+
+def random_masks(model: nn.Module, steps: int, seed: int) -> Iterator[Masks | None]:
+    """Masks of every step for a network that is to stand every k: half of the steps go through a pruned one.
+
+    Half of these are pruned by weights, to 99.5 % at most, half by units, to 97.5 %. What is left is drawn on a
+    logarithmic scale, whose depth grows from nothing to all of it in the first half of the steps.
+    """
+    draw = random.Random(seed)
+    for step in range(steps):
+        method, least = draw.choice((("weight", 0.005), ("unit", 0.025)))
+        left = least ** (draw.random() * min(1.0, 2 * step / steps))
+        yield find_masks(model, method, 1 - left) if draw.random() < 0.5 else None
+
+
+def gradual_masks(model: nn.Module, method: str, sparsity: float, steps: int, **choice: Any) -> Iterator[Masks]:
+    """Masks of every step, found anew from the weights that the steps have moved; the sparsity rises as a cubic.
+
+    Args:
+        model, method, sparsity, choice: as `prune.find_masks` takes them; the sparsity is that of the end.
+        steps: in all; after 70 % of them the sparsity is the final one.
+
+    Source: Zhu and Gupta, "To prune, or not to prune" (2017); pruned weights may come back, as in Guo et al. (2016).
+    """
+    for step in range(steps):
+        rest = max(0.0, 1 - step / (0.7 * steps))
+        yield find_masks(model, method, sparsity * (1 - rest**3), **choice)
+
+
+# ── what saves a second at the start ──
+
+
+class Adam(torch.optim.Adam):
+    """torch's Adam, bit for bit, without what guards it against torch.compile.
+
+    Those guards import the compiler at the first optimizer, which takes over a second of the three from the start of a
+    run to its first batch.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.Adam.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Adam.zero_grad)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))

@@ -55,6 +55,11 @@ class NeuralNetwork(nn.Module):
             features = torch.relu(layer(features))  # (B, 1000), (B, 1000), (B, 500), (B, 200)
         return output(features)  # (B, 10)
 
+    def chain(self) -> list[nn.Module]:
+        """The modules whose composition `forward` is, in running order: what compress.py cuts and makes sparse."""
+        *hidden, output = self.children()
+        return [nn.Flatten(), *(module for layer in hidden for module in (layer, nn.ReLU())), output]
+
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> Self:
         """A network whose sizes and type are read off the weights, e.g. ``from_state_dict(torch.load(path))``.
@@ -70,19 +75,24 @@ class NeuralNetwork(nn.Module):
             raise TypeError(f"state must be a dict of weights by name, got {type(state).__name__}")
         names = [f"fc{number}.weight" for number in range(1, len(state) + 1)]
         if not state or set(state) != set(names):
-            raise ValueError(
-                f"not a NeuralNetwork: expected fc1.weight, fc2.weight, ..., got {', '.join(map(str, state)):.100}"
-            )
+            found = ", ".join(map(str, state))
+            raise ValueError(f"not a NeuralNetwork: expected fc1.weight, fc2.weight, ..., got {found:.100}")
         weights = [state[name] for name in names]
         for name, weight in zip(names, weights, strict=True):
-            dense = isinstance(weight, Tensor) and weight.layout is torch.strided and not weight.is_meta
-            if not dense or not weight.is_floating_point() or weight.dim() != 2:
-                raise ValueError(f"{name} must be a floating-point matrix (out, in), and dense")
-            if not weight.isfinite().all():
-                raise ValueError(f"{name} has NaN or infinite weights")
+            _check(name, weight)
         for (before, weight), (after, following) in pairwise(zip(names, weights, strict=True)):
             if following.shape[1] != weight.shape[0]:
                 raise ValueError(f"{after} takes {following.shape[1]} inputs, but {before} has {weight.shape[0]} units")
         model = cls((weights[0].shape[1], *(weight.shape[0] for weight in weights))).to(weights[0].dtype)
         model.load_state_dict(dict(state))
         return model
+
+
+def _check(name: str, weight: Tensor) -> None:
+    dense = isinstance(weight, Tensor) and weight.layout is torch.strided and not weight.is_meta
+    if not dense or not weight.is_floating_point() or weight.dim() != 2:
+        raise ValueError(f"{name} must be a floating-point matrix (out, in), and dense")
+    if weight.untyped_storage().nbytes() < weight.nbytes:  # a few bytes in a file that would fill the memory
+        raise ValueError(f"{name} repeats few values many times: expand() is not for files")
+    if not weight.isfinite().all():
+        raise ValueError(f"{name} has NaN or infinite weights")

@@ -1,95 +1,87 @@
 """Prune any PyTorch model: find masks of what to remove, apply them, and see what each sparsity costs.
 
-This file needs nothing but torch and numpy: copy it beside any notebook. Pruned models stay plain modules, without any
-hooks. Masks fit ``torch.nn.utils.prune.custom_from_mask``, and this gives those of a model pruned by torch itself:
+A mask is a boolean tensor of a weight's own shape, True = keep. Masks come in a plain dict by parameter name, such as
+{"fc1.weight": ...}, fit for torch.save. Finding masks changes nothing; applying them makes zeros, and pruned models stay
+plain modules without hooks. ``torch.nn.utils.prune.custom_from_mask`` takes these masks; this gives torch's own:
 
     {name.removesuffix("_mask"): mask.bool() for name, mask in model.named_buffers() if name.endswith("_mask")}
 
-The layers in `LAYERS` can be pruned. Everything else with weights (embeddings, recurrent layers, normalization, packed
-attention) is left alone and not counted, and so are layers that share such a weight; `weight_mask` and `apply_masks`
-prune any of them by name. A weight that several layers share counts once.
+This file needs nothing but torch and numpy: copy it beside any notebook.
 """
 
-import contextlib
 import copy
+import difflib
+import functools
+import itertools
 import math
 import numbers
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    *("METHODS", "SweepPoint", "achieved_sparsity", "apply_masks", "find_masks", "prune_model", "sweep"),
-    *("unit_mask", "weight_mask"),
-]
-
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-LAYERS = (nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # the integers that a weight's bytes are multiplied as
-NUMPY = True  # rank with it on the CPU, where it is faster; tests turn it off to take the path of GPUs there
-BLOCK, GPU_BLOCK = 2**19, 2**24  # scores to compare at a time: they fit into the cache, or keep a GPU busy
-FEW, GPU_FEW = 2**20, 2**12  # scores to rank all at once, on the CPU
+BLOCK, GPU_BLOCK = 2**17, 2**24  # scores to compare at a time: they fit into the cache, or keep a GPU busy
 
 
-def _norm(weight: Tensor) -> Tensor:
-    """L2 norm of each unit: (units, …) → (units,), in fp32 for half precision."""
-    if weight.dim() == 1:
-        weight = weight.unsqueeze(1)
-    how = {"dim": tuple(range(1, weight.dim())), "dtype": torch.promote_types(weight.dtype, torch.float32)}
-    if weight.element_size() >= 4 or weight.numel() <= 2 * BLOCK or not weight.is_cpu:
-        return torch.linalg.vector_norm(weight, **how)
-    # torch converts half precision as a whole before it takes norms
-    parts = weight.split(max(2 * BLOCK // weight[0].numel(), 1))
-    return torch.cat([torch.linalg.vector_norm(part, **how) for part in parts])
+def _unit_norm(weight: Tensor) -> Tensor:
+    """L2 norm of each unit: (units, …) → (units,), in fp64."""
+    rows = weight.reshape(len(weight), -1) if weight.numel() else weight.new_zeros(len(weight), 1)
+    norm = torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(rows.dtype, torch.float32)).double()
+    if (unsafe := ~((norm > 1e-12) & (norm < 1e18))).any():  # squares may have vanished or overflowed
+        largest = torch.linalg.vector_norm(rows, math.inf, dim=1).double()
+        unsafe &= largest > 0
+        norm[unsafe] = (rows[unsafe].double() / largest[unsafe].unsqueeze(1)).norm(dim=1) * largest[unsafe]
+    return norm
 
 
 def _relative_norm(weight: Tensor) -> Tensor:
     """L2 norm of each unit, relative to the mean of its layer: (units, …) → (units,).
 
     Within a layer it ranks as the norm does. Across layers, norms differ by scale and fan-in more than by what units
-    matter, and would empty some layers before touching others.
-
-    Source: Fang et al., "DepGraph: Towards Any Structural Pruning" (2023), section 3.3.
+    matter. Source: Fang et al., "DepGraph: Towards Any Structural Pruning" (2023), section 3.3.
     """
-    norm = _norm(weight).double()  # so that dividing doesn't make different norms equal
+    norm = _unit_norm(weight)
     return norm / norm.mean().clamp_min(torch.finfo(norm.dtype).tiny)
 
 
-def _random_weight(weight: Tensor) -> Tensor:
+def _random_weight(weight: Tensor, generator: torch.Generator) -> Tensor:
     """Scores in (0, 1] of weight's shape, but 0 for weights that are zero already."""
-    return (1 - torch.rand(weight.shape, dtype=torch.float32, device=weight.device)).masked_fill_(weight == 0, 0)
+    scores = 1 - torch.rand(weight.shape, generator=generator, dtype=torch.float32, device=generator.device)
+    return scores.to(weight.device).masked_fill_(weight == 0, 0)
 
 
-def _random_unit(weight: Tensor) -> Tensor:
+def _random_unit(weight: Tensor, generator: torch.Generator) -> Tensor:
     """Scores in (0, 1] of shape (units,), but 0 for units that are zero already."""
-    return _random_weight(weight.flatten(1).any(1))
+    return _random_weight(weight.flatten(1).any(1), generator)
 
 
-# The one place to add a criterion: METHODS["mine"] = function. It gets a weight of the model's own (with its .grad) to
-# read, outputs in dim 0 even for transposed convolutions. It returns scores, the lowest of which are pruned first: of
-# weight's shape for a weight method, (units,) for a unit method. Magnitudes are taken block by block; other scores are
-# held in memory.
-METHODS: dict[str, Callable[[Tensor], Tensor]] = {
+# The one place to add a criterion, such as
+#     def taylor(weight): return (weight * weight.grad).abs()
+#     METHODS["taylor"] = taylor
+# It gets a detached weight with its .grad, outputs in dim 0 whatever the layer, and returns scores, the lowest of which
+# are pruned first: of weight's shape for a weight method, (units,) for a unit method. Only the two random ones get a
+# generator. Magnitudes (torch.abs) are taken block by block; other scores are held in memory.
+METHODS: dict[str, Callable[..., Tensor]] = {
     "weight": torch.abs,
     "unit": _relative_norm,
     "random_weight": _random_weight,
     "random_unit": _random_unit,
 }
 
-
-class SweepPoint(NamedTuple):
-    """One point of a sweep: the sparsity asked for, the fraction of weights that became zero, and the scores."""
-
-    sparsity: float
-    achieved: float
-    score: float
-    retrained_score: float | None = None
+# The one place to add a class of layers, with the dimension of its `weight` that counts outputs, such as
+#     LAYERS[transformers.pytorch_utils.Conv1D] = 1
+# Subclasses follow their parents. Where it isn't 0, a layer's `groups` divide dim 0: (in, out / groups, …).
+LAYERS: dict[type[nn.Module], int] = {
+    **dict.fromkeys((nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d), 0),
+    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), 1),
+}
 
 
 def weight_mask(weight: Tensor, sparsity: float) -> Tensor:
@@ -112,7 +104,7 @@ def weight_mask(weight: Tensor, sparsity: float) -> Tensor:
         tensor([[ True, False],
                 [ True, False]])
     """
-    return _select([_Scores("weight", _dense("weight", weight))], _checked_sparsity(sparsity))[0]
+    return _select([_Scores("weight", _rankable("weight", weight), magnitude=True)], _fraction(sparsity))[0]
 
 
 def unit_mask(weight: Tensor, sparsity: float, dim: int = 0) -> Tensor:
@@ -136,15 +128,16 @@ def unit_mask(weight: Tensor, sparsity: float, dim: int = 0) -> Tensor:
         tensor([[ True,  True],
                 [False, False]])
     """
-    weight = _dense("weight", weight)
-    if not isinstance(dim, int) or isinstance(dim, bool):
+    weight = _rankable("weight", weight)
+    if not isinstance(dim, numbers.Integral) or isinstance(dim, bool):
         raise TypeError(f"dim must be an integer, got {dim!r}")
     if not -weight.dim() <= dim < weight.dim():
         raise ValueError(f"dim must be one of weight's {weight.dim()} dimensions, got {dim}")
-    (keep,) = _select([_Scores("weight", weight, _norm(weight.transpose(0, dim)))], _checked_sparsity(sparsity))
-    shape = [1] * weight.dim()
-    shape[dim] = -1
-    return keep.view(shape).expand_as(weight).contiguous()
+    units = weight.transpose(0, int(dim))
+    norm = _unit_norm(units)
+    _check_finite("weight", weight, norm)
+    (keep,) = _select([_Scores("weight", norm)], _fraction(sparsity))
+    return keep.view(-1, *[1] * (weight.dim() - 1)).expand_as(units).transpose(0, int(dim)).contiguous()
 
 
 def find_masks(
@@ -153,21 +146,27 @@ def find_masks(
     sparsity: float,
     *,
     scope: str = "layer",
-    skip: Collection[str] | None = None,
+    skip: Collection[str] = (),
+    prune_output: bool = False,
+    only: Collection[str] | None = None,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    """Masks that prune a model, which stays as it is.
+    """Masks that prune a model, which stays as it is: the weights of all layers in `LAYERS` but the output layer.
+
+    A weight that layers share counts once; one that another module uses, too, such as an embedding, is left alone.
 
     Args:
         model: any module, also wrapped by torch.compile or DataParallel.
         method: a name in `METHODS`.
         sparsity: fraction in [0, 1] of the weights or units, counting those that are zero already. Exactly
             ``round(sparsity * n)`` go; a larger sparsity prunes a superset.
-        scope: "layer" ranks within each layer, "global" across all of them ("unit": by norms relative to the mean of
-            the layer).
-        skip: names of the layers to spare, no others; () spares none. None spares the last prunable layer in order of
-            registration, since its units should be the model's outputs: if another layer's are, name that one.
-        generator: source of the random methods' numbers; None: torch's global generators.
+        scope: "layer" ranks within each layer. "global" ranks across all, which suits the weights of convolutional
+            networks; units by norms relative to the mean of their layer, the best one of each layer behind all others.
+        skip: names or patterns of layers to spare as well: ``("conv1", "body.*")``.
+        prune_output: prune the output layer, too: the prunable layer that was registered last, unless a warning comes.
+        only: names or patterns of parameters to prune instead, vectors apart: ``("lstm.weight_*",)``. What is spared
+            stays so. Unit methods take weights of the layers in `LAYERS` alone.
+        generator: source of the random methods' numbers. None: they follow ``torch.manual_seed``, the same each time.
 
     Returns:
         Masks by parameter name, such as "fc1.weight", True = keep. Unit methods mask the biases, too ("fc1.bias"), but
@@ -175,11 +174,12 @@ def find_masks(
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: an argument out of range; no prunable layer, or a single one and no `skip`; a weight that can't be
-            ranked (lazy, meta, sparse, integer, complex, not finite, computed from other parameters).
+        ValueError: an argument out of range; nothing to prune; a method that fails; a weight that can't be ranked
+            (lazy, meta, sparse, integer, quantized, distributed, expanded, not finite, computed from others …).
 
     Warns:
-        UserWarning: a layer loses everything.
+        UserWarning: a layer loses everything; the spared layer is probably not the output, or not all of it; a tenth or
+            more of the model's matrices stays dense because `LAYERS` lacks their classes.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -187,27 +187,31 @@ def find_masks(
         >>> {name: mask.count_nonzero().item() for name, mask in masks.items()}
         {'0.weight': 8, '0.bias': 2}
     """
-    sparsity = _checked_sparsity(sparsity)
+    sparsity, generator = _fraction(sparsity), _local(generator)
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}")
     if scope not in ("layer", "global"):
         raise ValueError(f"unknown scope {scope!r}: expected layer or global")
-    weights = _weights(model, skip)
-    with _seeded(generator, weights):
-        groups = [weights] if scope == "global" else [[weight] for weight in weights]
-        scores = ([_scored(weight, METHODS[method]) for weight in group] for group in groups)
-        keeps = [keep for group in scores if group for keep in _select(group, sparsity)]
-    masks = dict(pair for weight, keep in zip(weights, keeps, strict=True) for pair in weight.masks(keep))
-    empty = [each.name for each in weights if each.tensor.numel() and not _native(masks[each.name]).any()]
-    if empty:
-        warnings.warn(f"pruning leaves nothing of {', '.join(empty)} at sparsity {sparsity:g}", stacklevel=2)
+    weights, doubts = _chosen(model, skip, prune_output, only)
+    masks: dict[str, Tensor] = {}
+    for group in [weights] if scope == "global" else [[weight] for weight in weights]:
+        scores = [_scored(weight, method, generator) for weight in group]
+        if scope == "global":
+            _protect_best_units(scores)
+        for weight, keep in zip(group, _select(scores, sparsity), strict=True):
+            masks |= weight.masks(keep)
+    empty = [weight.names[0] for weight in weights if weight.parameter.numel() and not masks[weight.names[0]].any()]
+    for doubt in [*doubts, f"pruning leaves nothing of {_listed(empty)} at sparsity {sparsity:g}" if empty else ""]:
+        if doubt:
+            warnings.warn(doubt, stacklevel=2)
     return masks
 
 
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Set what masks prune to zero, in place: all of it, or after an error nothing.
 
-    Called after each ``optimizer.step()``, it holds pruned weights at zero through training.
+    Called after each ``optimizer.step()``, it holds pruned weights at zero through training; so does one
+    ``optimizer.register_step_post_hook(lambda *_: apply_masks(model, masks))``.
 
     Args:
         model: any module, also wrapped by torch.compile or DataParallel.
@@ -215,7 +219,7 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 
     Raises:
         TypeError: masks isn't a mapping of names to boolean tensors.
-        ValueError: the model has no such parameter, or one of another shape.
+        ValueError: the model has no such parameter, or one of another shape, or it can't be pruned.
 
     Example:
         >>> model = nn.Linear(2, 1, bias=False)
@@ -225,86 +229,83 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """
     if not isinstance(masks, Mapping):
         raise TypeError(f"masks must be a dict of boolean tensors by parameter name, got {type(masks).__name__}")
-    layers = {name: layer._parameters for name, layer in _modules(model)}
-    parameters = {f"{layer}.{name}".lstrip("."): each for layer, own in layers.items() for name, each in own.items()}
+    owned = ((layer, name, own) for layer, module in _modules(model) for name, own in module._parameters.items())
+    parameters = {_joined(layer, name): own for layer, name, own in owned if own is not None}
     pairs = []
     for name, mask in masks.items():
-        if parameters.get(name) is None:
-            raise ValueError(f"the model has no parameter {name!r}; it has {', '.join(parameters) or 'none'}")
-        parameter = _dense(name, parameters[name])
+        if name not in parameters:
+            raise ValueError(f"the model has no parameter {name!r}{_near(name, parameters)}")
+        parameter = _prunable(name, parameters[name])
         if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
             got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"the mask of {name} must be a boolean tensor (True = keep), got {got}")
         if mask.shape != parameter.shape or mask.is_meta or mask.layout is not torch.strided:
             raise ValueError(f"the mask of {name} must be a dense {tuple(parameter.shape)}, got {tuple(mask.shape)}")
-        pairs.append((parameter.view(BITS[parameter.element_size()]), mask))
+        pairs.append((parameter.view(BITS[parameter.element_size()]), mask.to(parameter.device)))
     for bits, mask in pairs:
-        bits.mul_(mask.to(bits.device))  # +0.0 even for NaN, in a tenth of the time of masked_fill_
+        bits.mul_(mask)  # +0.0 even for NaN, in a tenth of the time of masked_fill_
 
 
-def prune_model(
-    model: nn.Module,
-    method: str,
-    sparsity: float,
-    *,
-    scope: str = "layer",
-    skip: Collection[str] | None = None,
-    generator: torch.Generator | None = None,
-) -> nn.Module:
+def prune_model(model: nn.Module, method: str, sparsity: float, **options: Any) -> nn.Module:
     """A pruned deep copy of a model. Arguments, errors and warnings are those of `find_masks`.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-        >>> pruned = prune_model(model, "weight", sparsity=0.75)
+        >>> pruned = prune_model(model, "weight", sparsity=0.75, scope="global")
         >>> achieved_sparsity(pruned), achieved_sparsity(model)
         (0.75, 0.0)
     """
-    masks = find_masks(model, method, sparsity, scope=scope, skip=skip, generator=generator)
+    masks = find_masks(model, method, sparsity, **options)
     pruned = copy.deepcopy(model)
     apply_masks(pruned, masks)
     return pruned
 
 
-def achieved_sparsity(model: nn.Module, *, skip: Collection[str] | None = None) -> float:
-    """Fraction in [0, 1] of zeros among the weights of the layers that aren't spared (0 if there are no weights).
+def achieved_sparsity(
+    model: nn.Module, *, skip: Collection[str] = (), prune_output: bool = False, only: Collection[str] | None = None
+) -> float:
+    """Fraction in [0, 1] of zeros among the weights that `find_masks` would prune (0 if they are none).
 
-    Args:
-        model: any module, pruned or not.
-        skip: names of layers to leave out, as in `find_masks`.
-
-    Raises:
-        TypeError, ValueError: as `find_masks`.
+    Args, Raises: as `find_masks`.
 
     Example:
-        >>> achieved_sparsity(nn.Linear(4, 4), skip=())
+        >>> achieved_sparsity(nn.Linear(4, 4), prune_output=True)
         0.0
     """
-    weights = [weight.tensor for weight in _weights(model, skip)]
-    total = sum(weight.numel() for weight in weights)
-    return (total - sum(int(weight.count_nonzero()) for weight in weights)) / max(total, 1)
+    tensors = [weight.tensor() for weight in _chosen(model, skip, prune_output, only)[0]]
+    total = sum(tensor.numel() for tensor in tensors)
+    return (total - sum(int(tensor.count_nonzero()) for tensor in tensors)) / max(total, 1)
+
+
+class SweepPoint(NamedTuple):
+    """One point of a sweep: the sparsity asked for, the fraction of weights that became zero, what score returned."""
+
+    sparsity: float
+    achieved: float
+    score: Any
+    retrained_score: Any = None
 
 
 def sweep(
     model: nn.Module,
     method: str,
     sparsities: Iterable[float],
-    score: Callable[[nn.Module], float],
+    score: Callable[[nn.Module], Any],
     *,
     scope: str = "layer",
-    skip: Collection[str] | None = None,
     generator: torch.Generator | None = None,
-    retrain: Callable[[nn.Module, dict[str, Tensor]], None] | None = None,
+    retrain: Callable[[nn.Module, dict[str, Tensor]], object] | None = None,
+    **options: Any,
 ) -> list[SweepPoint]:
     """Prune and score copies of a model, each made from the same dense one, which stays as it is.
 
     Args:
-        model, method, scope, skip: as in `find_masks`.
+        model, method, scope, and skip, prune_output, only as options: as in `find_masks`.
         sparsities: fractions in [0, 1], in any order.
-        score: what to ask of a pruned copy, such as its accuracy. The copy is in the model's mode: training or not.
-        generator: as in `find_masks`; one seed is drawn for all points, whatever the method, so that larger
-            sparsities prune supersets.
-        retrain: trains a copy in place, its masks held with `apply_masks`, or takes its BatchNorm's statistics anew;
-            the copy is then scored again.
+        score: gets a pruned copy in eval mode; what it returns, such as an accuracy, is passed through.
+        generator: as in `find_masks`; the same numbers for all points, so that larger sparsities prune supersets.
+        retrain: gets the copy in training mode (modules that are frozen in a model in training mode stay so) and the
+            masks. It trains the copy in place, its masks held, or recalibrates it; the copy is then scored again.
 
     Returns:
         A point for each sparsity, in their order.
@@ -321,53 +322,118 @@ def sweep(
         raise TypeError(f"sparsities must be several numbers in [0, 1], got {sparsities!r}")
     if not callable(score) or not (retrain is None or callable(retrain)):
         raise TypeError(f"score and retrain must be functions, got {score!r} and {retrain!r}")
-    points = []
-    checked = [_checked_sparsity(sparsity) for sparsity in sparsities]
-    seed = _drawn(generator)
-    for sparsity in checked:
-        draw = torch.Generator("cpu").manual_seed(seed)
-        masks = find_masks(model, method, sparsity, scope=scope, skip=skip, generator=draw)
-        pruned = copy.deepcopy(model)
+    fractions, points, local = [_fraction(sparsity) for sparsity in sparsities], [], _local(generator)
+    seed = int(torch.randint(2**62, (), generator=local, device=local.device))
+    for sparsity in fractions:
+        again = torch.Generator(local.device).manual_seed(seed)
+        masks = find_masks(model, method, sparsity, scope=scope, generator=again, **options)
+        pruned = copy.deepcopy(model).eval()
         apply_masks(pruned, masks)
-        point = SweepPoint(sparsity, achieved_sparsity(pruned, skip=skip), score(pruned))
+        point = SweepPoint(sparsity, achieved_sparsity(pruned, **options), score(pruned))
         if retrain is not None:
+            for module, own in zip(pruned.train().modules(), model.modules(), strict=True):
+                module.training = own.training or not model.training
             retrain(pruned, masks)
-            point = point._replace(retrained_score=score(pruned))
+            point = point._replace(retrained_score=score(pruned.eval()))
         points.append(point)
     return points
 
 
-def _checked_sparsity(sparsity: float) -> float:
-    if isinstance(sparsity, Tensor | np.ndarray) and sparsity.ndim == 0:
-        sparsity = sparsity.item()
-    if isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real):
-        raise TypeError(f"sparsity must be a number in [0, 1], got {sparsity!r}")
-    if not 0 <= sparsity <= 1:
-        hint = f": did you mean {float(sparsity) / 100:g}?" if 2 <= sparsity <= 100 else ""
-        raise ValueError(f"sparsity must be a fraction in [0, 1], got {sparsity}{hint}")
-    return float(sparsity)
+def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Take the statistics of a model's BatchNorm layers again, in place: pruning has changed what they should be.
+
+    They become the average over all batches. Nothing else changes, and after an error not even they.
+
+    Args:
+        model: any module, best in the mode in which it will be used.
+        batches: inputs, or tuples that begin with them, such as (images, labels); moved to the model's device.
+
+    Raises:
+        ValueError: there are no batches.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+        >>> recalibrate(model, [(torch.ones(8, 2), torch.zeros(8))])
+        >>> torch.allclose(model[1].running_mean, model[0](torch.ones(2)))
+        True
+    """
+    trial = copy.deepcopy(model).eval()
+    pairs: list[Any] = [
+        (own, norm)
+        for own, norm in zip(model.modules(), trial.modules(), strict=True)
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats
+    ]
+    for _, norm in pairs:
+        norm.reset_running_stats()
+        norm.momentum, norm.training = None, True  # None: the average
+    count = 0
+    with torch.no_grad():
+        for count, batch in enumerate(batches, start=1):  # noqa: B007
+            inputs = batch[0] if isinstance(batch, tuple | list) else batch
+            trial(inputs.to(next(trial.parameters()).device))
+    if not count:
+        raise ValueError("recalibrate needs at least one batch")
+    for own, norm in pairs:
+        own.load_state_dict(norm.state_dict())
 
 
-def _dense(name: str, tensor: Any) -> Tensor:
-    """The tensor, detached, if it is one that can be pruned."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if nn.parameter.is_lazy(tensor):
-        raise ValueError(f"{name} has no shape yet: run a batch through its lazy layer first")
-    if tensor.is_meta:
-        raise ValueError(f"{name} has no values: it is on the meta device")
-    if tensor.layout is not torch.strided:
-        raise ValueError(f"{name} must be dense, got {tensor.layout}: convert it with to_dense()")
-    if not tensor.is_floating_point() or tensor.element_size() not in BITS:
-        raise ValueError(f"{name} must be fp16, bf16, fp32 or fp64, got {tensor.dtype}")
-    return tensor.detach()
+# How layers are found
 
 
-def _drawn(generator: torch.Generator | None) -> int:
-    """A seed, drawn from torch's global generator if none is given."""
-    if not isinstance(generator, torch.Generator | None):
-        raise TypeError(f"generator must be a torch.Generator, got {generator!r}")
-    return int(torch.randint(2**62, (), generator=generator, device=generator.device if generator else "cpu"))
+@dataclass(eq=False)
+class _Weight:
+    """A matrix of the model, or more dimensions, and the modules that use it."""
+
+    parameter: Any  # None if it is computed from other parameters
+    dim: int | None  # that counts outputs; None if LAYERS doesn't tell
+    groups: int
+    names: list[str] = field(default_factory=list)  # such as fc1.weight; several if it is shared
+    layers: dict[str, Any] = field(default_factory=dict)
+    biases: dict[int, str] = field(default_factory=dict)  # names of those that its units have besides
+
+    def tensor(self) -> Tensor:
+        """The parameter, detached, if it is one that can be pruned."""
+        for layer, module in self.layers.items() if self.dim is not None else ():
+            for own in ("weight", "bias"):
+                if own not in module._parameters and hasattr(module, own):
+                    cure = "torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations"
+                    computed = f"{_joined(layer, own)} is computed from other parameters"
+                    raise ValueError(f"{computed}: make it permanent with {cure}")
+        return _prunable(self.names[0], self.parameter)
+
+    def turned(self, tensor: Tensor, back: bool = False) -> Tensor:
+        """From the weight's own layout to (out, in / groups, …), or back."""
+        if not self.dim:
+            return tensor
+        ends = (1, self.dim + 1) if back else (self.dim + 1, 1)
+        return tensor.unflatten(0, (self.groups, -1)).movedim(*ends).flatten(0, 1)
+
+    def masks(self, keep: Tensor) -> dict[str, Tensor]:
+        """Masks by parameter name, from one of the weight's shape or (units,)."""
+        if keep.dim() > 1:
+            return {self.names[0]: keep}
+        weight = self.turned(self.parameter.detach())
+        mask = self.turned(keep.view(-1, *[1] * (weight.dim() - 1)).expand_as(weight), back=True).contiguous()
+        return {self.names[0]: mask} | dict.fromkeys(self.biases.values(), keep)
+
+    @property
+    def outputs(self) -> int:
+        return 0 if self.dim is None else self.parameter.shape[self.dim] * (self.groups if self.dim else 1)
+
+    @property
+    def inputs(self) -> list[int]:
+        """The numbers of inputs that it may take."""
+        sizes = [size for dim, size in enumerate(self.parameter.shape) if dim != self.dim]
+        return [size * (self.groups if self.dim == 0 else 1) for size in (sizes[:1] if self.is_convolution else sizes)]
+
+    @property
+    def is_convolution(self) -> bool:
+        return all(hasattr(module, "kernel_size") for module in self.layers.values())
+
+    def feeds(self, other: "_Weight") -> bool:
+        """Whether the other may take its outputs, perhaps a few such side by side, or flattened images."""
+        most = math.inf if self.is_convolution else 8
+        return any(self.outputs and size % self.outputs == 0 and size <= most * self.outputs for size in other.inputs)
 
 
 def _modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -379,277 +445,328 @@ def _modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]
     yield name, model
     for child, module in model._modules.items():
         if module is not None:
-            yield from _modules(module, f"{name}.{child}".lstrip("."))
+            yield from _modules(module, _joined(name, child))
 
 
-class _Weight(NamedTuple):
-    """A weight to prune."""
+def _joined(layer: str, name: str) -> str:
+    return f"{layer}.{name}".lstrip(".")
+
+
+def _matrices(model: nn.Module) -> list[_Weight]:
+    """The weights of all layers in LAYERS, and all other matrices, in order of registration."""
+    found: dict[int, _Weight] = {}
+    users: dict[int, set[str]] = {}
+    lists = (nn.ParameterList, nn.ParameterDict)  # make no difference to parameters that other modules use
+    for layer, module in sorted(_modules(model), key=lambda named: isinstance(named[1], lists)):
+        layer_dim = next((LAYERS[parent] for parent in type(module).__mro__ if parent in LAYERS), None)
+        for own, parameter in (({} if layer_dim is None else {"weight": None}) | module._parameters).items():
+            if isinstance(module, lists) and id(parameter) in users:
+                continue
+            users.setdefault(id(parameter), set()).add(layer)
+            dim = layer_dim if own == "weight" else None
+            if dim is not None or (_is_sized(parameter) and parameter.dim() > 1):
+                new = _Weight(parameter, dim, getattr(module, "groups", 1))
+                weight = found.setdefault(id(module if parameter is None else parameter), new)
+                weight.names.append(_joined(layer, own))
+                weight.layers[layer] = module
+                weight.dim = dim if weight.dim == dim else None
+    for weight in found.values():
+        for layer, module in weight.layers.items():
+            bias = module._parameters.get("bias")
+            if bias is not None and users[id(bias)] <= weight.layers.keys():
+                weight.biases.setdefault(id(bias), _joined(layer, "bias"))
+    return list(found.values())
+
+
+def _is_sized(parameter: Any) -> bool:
+    return parameter is not None and not nn.parameter.is_lazy(parameter)
+
+
+def _chosen(
+    model: nn.Module, skip: Collection[str], prune_output: bool, only: Collection[str] | None
+) -> tuple[list[_Weight], list[str]]:
+    """The weights to prune, and what the user may not expect of this choice."""
+    matrices = _matrices(model)
+    known = {layer for weight in matrices if weight.dim is not None for layer in weight.layers}
+    output = [] if prune_output else [layer for layer, _ in _modules(model) if layer in known][-1:]
+    skipped = _matched("skip", skip, [layer for weight in matrices for layer in weight.layers])
+    spared = tuple(f"{layer}." for layer in [*output, *itertools.chain(*skipped)])
+    free = [weight for weight in matrices if not any(f"{layer}.".startswith(spared) for layer in weight.layers)]
+    hint = f"; {output[0]!r}, registered last, is spared as the output unless prune_output=True" if output else ""
+    chosen = [weight for weight in free if weight.dim is not None]
+    if only is not None:
+        named = _matched("only", only, [name for weight in matrices for name in weight.names])
+        chosen = [weight for weight in free if not set(weight.names).isdisjoint(itertools.chain(*named))]
+        for found in named:
+            if not any(name in found for weight in chosen for name in weight.names):
+                raise ValueError(f"only: {_listed(found)} can't be pruned and spared at once{hint}")
+    if not chosen:
+        classes = _listed([layer.__name__ for layer in LAYERS])
+        raise ValueError(f"every prunable layer is spared{hint}" if known else f"no prunable layer: none of {classes}")
+    return chosen, [*_doubts(output, free, matrices, only is None)]
+
+
+def _doubts(
+    output: Sequence[str], free: Sequence[_Weight], matrices: Sequence[_Weight], by_class: bool
+) -> Iterator[str]:
+    """What the user may not expect of the layers that are pruned and spared."""
+    sized = [weight for weight in matrices if _is_sized(weight.parameter)]
+    dense = [weight for weight in sized if weight in free and weight.dim is None]
+    share = sum(weight.parameter.numel() for weight in dense) / max(
+        sum(weight.parameter.numel() for weight in sized), 1
+    )
+    if by_class and share >= 0.1:
+        names = _listed([weight.names[0] for weight in dense])
+        yield f"{share:.0%} of the weights stay dense, as LAYERS lacks their modules' classes: {names}. Prune them with only=(…), or name the modules in skip"
+    for spared in [weight for weight in sized if not weight.layers.keys().isdisjoint(output)]:
+        ends = {
+            next(iter(weight.layers)): weight
+            for weight in sized
+            if weight in free and weight.dim is not None and not any(map(weight.feeds, sized))
+        }
+        text = f"{output[0]!r}, registered last, is spared as the output layer, but"
+        takers = [
+            weight for weight in sized if weight is not spared and weight.dim is not None and spared.feeds(weight)
+        ]
+        twins = [layer for layer, weight in ends.items() if weight.outputs == spared.outputs]
+        heads = [
+            layer
+            for layer, weight in ends.items()
+            if takers and (spared.outputs > weight.outputs or spared.outputs in weight.inputs)
+        ]
+        if twins:
+            yield f"{text} {_listed(twins)} has as many outputs, which no layer takes: if they are outputs, too, name them in skip"
+        elif heads:
+            yield f"{text} {takers[0].names[0]} takes its outputs, while no layer takes those of {_listed(heads)}: if that's the output, name it in skip and pass prune_output=True"
+
+
+def _matched(argument: str, entries: Any, names: Sequence[str]) -> list[list[str]]:
+    """For each entry, a name or pattern, the names that it matches."""
+    if isinstance(entries, str) or not isinstance(entries, Collection):
+        raise TypeError(f"{argument} must be a sequence of names or patterns, such as ({entries!r},), got {entries!r}")
+    matched = [[name for name in names if name == entry or fnmatchcase(name, str(entry))] for entry in entries]
+    for entry, found in zip(entries, matched, strict=True):
+        if not found:
+            raise ValueError(f"{argument}: {entry!r} names nothing that could be pruned{_near(entry, names)}")
+    return matched
+
+
+def _near(name: object, names: Iterable[str]) -> str:
+    """The end of a message: the names that may have been meant."""
+    near = difflib.get_close_matches(str(name), dict.fromkeys(names), n=3)
+    return f": did you mean {' or '.join(map(repr, near))}?" if near else f"; there is {_listed([*names]) or 'none'}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """At most five names, then a count."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+# How scores are found and selected
+
+
+def _fraction(sparsity: Any) -> float:
+    """The sparsity as a float, if it is a fraction."""
+    if isinstance(sparsity, Tensor | np.ndarray) and sparsity.ndim == 0:
+        sparsity = sparsity.item()
+    if isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real):
+        raise TypeError(f"sparsity must be a number in [0, 1], got {sparsity!r}")
+    number = float(sparsity)
+    if not 0 <= number <= 1:
+        hint = f": did you mean {number / 100:g}?" if 2 <= number <= 100 else ""
+        raise ValueError(f"sparsity must be a fraction in [0, 1], got {sparsity}{hint}")
+    return number
+
+
+def _local(generator: torch.Generator | None) -> torch.Generator:
+    """The generator, or a new one, for torch's global ones belong to the caller and to other threads."""
+    if not isinstance(generator, torch.Generator | None):
+        raise TypeError(f"generator must be a torch.Generator, got {generator!r}")
+    return generator or torch.Generator("cpu").manual_seed(torch.initial_seed())
+
+
+def _rankable(name: str, tensor: Any) -> Tensor:
+    """The tensor, detached, if it is one that can be ranked."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    plain = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+    for wrong, text in (
+        (nn.parameter.is_lazy(tensor), "has no shape yet: run a batch through its lazy layer first"),
+        (tensor.is_meta, "has no values: it is on the meta device"),
+        (not plain, f"must be a plain tensor, neither distributed nor quantized, got {type(tensor).__name__}"),
+        (tensor.layout is not torch.strided, f"must be dense, got {tensor.layout}: convert it with to_dense()"),
+        (not tensor.is_floating_point(), f"must be fp16, bf16, fp32 or fp64, got {tensor.dtype}"),
+        (tensor.element_size() not in BITS, f"must be fp16, bf16, fp32 or fp64, got {tensor.dtype}"),
+    ):
+        if wrong:
+            raise ValueError(f"{name} {text}")
+    return tensor.detach()
+
+
+def _prunable(name: str, tensor: Any) -> Tensor:
+    """The tensor, detached, if it is one that can be ranked and changed in place."""
+    tensor, reach = _rankable(name, tensor), 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride < reach and tensor.numel():
+            raise ValueError(f"{name} shares memory with itself, as an expanded tensor does: replace it by its clone()")
+        reach += stride * (size - 1)
+    return tensor
+
+
+def _check_finite(name: str, weight: Tensor, witness: Tensor) -> None:
+    """An error if weights aren't finite, which their norms or their sum would show."""
+    if not witness.isfinite().all() and not weight.isfinite().all():
+        raise ValueError(f"{name} must be finite, but has NaN or infinite weights")
+
+
+def _scored(weight: _Weight, method: str, generator: torch.Generator) -> "_Scores":
+    """A weight with its scores, of the weight's own shape or (units,)."""
+    score, name, tensor = METHODS[method], weight.names[0], weight.tensor()
+    if score is torch.abs:
+        return _Scores(name, tensor, magnitude=True)
+    _check_finite(name, tensor, tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)))
+    gradient, tensor = weight.parameter.grad, weight.turned(tensor)
+    if gradient is not None and gradient.shape == weight.parameter.shape and gradient.layout is torch.strided:
+        tensor.grad = weight.turned(gradient.to(tensor.device, tensor.dtype))
+    try:
+        scores = score(tensor, generator) if score in (_random_weight, _random_unit) else score(tensor)
+    except Exception as error:
+        hint = "" if tensor.grad is not None else " (it has no gradient)"
+        raise ValueError(f"method {method!r} fails for {name}{hint}: {type(error).__name__}: {error}") from error
+    if not isinstance(scores, Tensor) or not scores.is_floating_point():
+        got = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
+        raise TypeError(f"the scores of {name} must be a floating-point tensor, got {got}")
+    if scores.shape not in (tensor.shape, tensor.shape[:1]):
+        shapes = f"{tuple(tensor.shape)} or {tuple(tensor.shape[:1])}"
+        raise ValueError(f"the scores of {name} must have shape {shapes}, got {tuple(scores.shape)}")
+    if scores.dim() == 1 and weight.dim is None:
+        raise ValueError(f"{name} has no units that {method!r} could rank: LAYERS lacks the class of its module")
+    return _Scores(name, scores.detach() if scores.dim() == 1 else weight.turned(scores.detach(), back=True))
+
+
+def _protect_best_units(layers: Sequence["_Scores"]) -> None:
+    """Rank the best unit of each layer behind all others, lest a layer of small norms cuts the network in two."""
+    for layer in layers:
+        if layer.tensor.dim() == 1 and len(layer.tensor):
+            layer.tensor = layer.tensor.index_fill(0, layer.tensor.argmax(), math.inf)
+
+
+class _Bound(NamedTuple):
+    """A score and its position."""
+
+    value: float
+    position: int
+
+
+@dataclass(eq=False)
+class _Scores:
+    """What a weight, or its units, are ranked by. Positions count through all that are ranked together."""
 
     name: str
     tensor: Tensor
-    groups: int  # of a transposed convolution, whose weight is (in, out / groups, …); 0 for other layers
-    biases: list[str]  # more than one if layers share the weight
-
-    def turned(self, tensor: Tensor) -> Tensor:
-        """From the layer's layout to outputs first, or back: (in, out / groups, …) ↔ (out, in / groups, …)."""
-        return tensor.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1) if self.groups else tensor
-
-    def masks(self, keep: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Masks by parameter name, from one with outputs first: of the weight's shape, or (units,)."""
-        yield self.name, self.turned(_expanded(keep, self.turned(self.tensor))).contiguous()
-        yield from ((bias, keep) for bias in self.biases if keep.dim() == 1)
-
-
-def _expanded(keep: Tensor, weight: Tensor) -> Tensor:
-    """A mask of weight's shape from one that may be (units,)."""
-    return keep.view(keep.shape + (1,) * (weight.dim() - keep.dim())).expand_as(weight)
-
-
-def _weights(model: nn.Module, skip: Collection[str] | None) -> list[_Weight]:
-    """The weights to prune, in order of registration."""
-    layers: dict[str, Any] = {}
-    others: set[int] = set()
-    shared: dict[int, list[str]] = {}  # names of the layers that have a weight in common
-    owners: dict[int, set[str]] = {}  # the same of biases
-    for name, module in _modules(model):
-        if isinstance(module, LAYERS):
-            layers[name] = module
-            shared.setdefault(id(module._parameters.get("weight", module)), []).append(name)
-            owners.setdefault(id(module._parameters.get("bias", module)), set()).add(name)
-        else:
-            others.update(map(id, module._parameters.values()))
-    prunable = [names for weight, names in shared.items() if weight not in others]
-    spared = _spared(skip, list(layers), prunable)
-    weights = []
-    for names in prunable:
-        if spared.isdisjoint(names):
-            layer, name = layers[names[0]], f"{names[0]}.weight".lstrip(".")
-            for kind in ("weight", "bias"):
-                if kind not in layer._parameters:
-                    computed = f"{names[0]}.{kind}".lstrip(".")
-                    cure = "torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations"
-                    raise ValueError(f"{computed} is computed from other parameters: make it permanent with {cure}")
-            tensor = _dense(name, layer.weight)
-            tensor.grad = layer.weight.grad
-            groups = layer.groups if isinstance(layer, TRANSPOSED) else 0
-            biases: dict[int, str] = {}
-            for each in names:
-                bias = layers[each].bias
-                if bias is not None and id(bias) not in others and owners[id(bias)] <= set(names):
-                    biases.setdefault(id(bias), f"{each}.bias".lstrip("."))
-            weights.append(_Weight(name, tensor, groups, list(biases.values())))
-    return weights
-
-
-def _spared(skip: Collection[str] | None, names: Sequence[str], prunable: Sequence[Sequence[str]]) -> set[str]:
-    """Names of the layers to leave alone."""
-    if not prunable:
-        raise ValueError(f"the model has no prunable layer: none of {', '.join(kind.__name__ for kind in LAYERS)}")
-    if skip is None:
-        if len(prunable) == 1 and names[-1] in prunable[0]:
-            cure = "pass skip=() to prune it; other weights, such as an LSTM's, take weight_mask and apply_masks"
-            raise ValueError(f"{names[-1]!r} is the model's only prunable layer and spared by default: {cure}")
-        return {names[-1]}
-    if isinstance(skip, str) or not isinstance(skip, Collection):
-        raise TypeError(f"skip must be a sequence of layer names, such as ({skip!r},), got {skip!r}")
-    for name in skip:
-        if name not in names:
-            raise ValueError(f"skip: the model has no prunable layer {name!r}; it has {', '.join(names)}")
-    return set(skip)
-
-
-@contextlib.contextmanager
-def _seeded(generator: torch.Generator | None, weights: Iterable[_Weight]) -> Iterator[None]:
-    """If a generator is given, torch's global ones draw from a seed of it, and are then put back as they were."""
-    devices = sorted({weight.tensor.device.index for weight in weights if weight.tensor.is_cuda})
-    seed = None if generator is None else _drawn(generator)
-    with torch.random.fork_rng(devices, enabled=seed is not None):
-        if seed is not None:
-            for each in (torch.default_generator, *(torch.cuda.default_generators[device] for device in devices)):
-                each.manual_seed(seed)
-        yield
-
-
-@dataclass
-class _Scores:
-    """What a weight, or its units, are ranked by. Places count through all scores that are ranked together."""
-
-    name: str
-    weight: Tensor
-    scores: Tensor | None = None  # None: the weight's magnitudes
-    start: int = 0  # place of the first score
+    magnitude: bool = False  # ranked by absolute values
+    start: int = 0  # position of the first score
     dtype: torch.dtype = torch.float32  # to compare in
 
-    @property
-    def tensor(self) -> Tensor:
-        """The scores, but for their signs if they are magnitudes."""
-        return self.weight if self.scores is None else self.scores
+    def ranked(self, part: Tensor, out: Any = None) -> Any:
+        """Scores of a part of the tensor."""
+        scores = _array(part.to(self.dtype))
+        return (np if part.is_cpu else torch).abs(scores, out=out) if self.magnitude else scores
 
-    def ranked(self, part: Tensor, out: Tensor | None = None) -> Any:
-        """Scores of a part of the tensor: on the CPU an array, perhaps `out`, for NumPy is faster; else a tensor."""
-        scores = part if part.dtype == self.dtype else part.to(self.dtype)
-        if self.scores is None:
-            scores = torch.abs(scores, out=_empty(scores.shape, scores.dtype, scores.device) if out is None else out)
-        return _native(scores)
+    def sample(self, step: int) -> np.ndarray:
+        """The scores at positions that are multiples of a step."""
+        return self.check(_numpy(self.ranked(self.tensor.reshape(-1)[-self.start % step :: step])))
 
-    def array(self, part: Tensor) -> np.ndarray:
-        """The same as an array everywhere."""
-        return _array(self.ranked(part))
+    def check(self, scores: Any) -> Any:
+        """The same scores, if their largest, which would be NaN or infinite, shows none that can't be ranked."""
+        largest = float(scores.max()) if len(scores) else 0.0
+        if math.isnan(largest) or (self.magnitude and math.isinf(largest)):
+            raise ValueError(
+                f"{self.name} must be finite, but has NaN or infinite weights"
+                if self.magnitude
+                else f"the scores of {self.name} contain NaN"
+            )
+        return scores
 
-    def check(self, witness: Any) -> None:
-        """Raise an error if a number that NaN and infinity outlast, such as a sum, shows one that can't be ranked."""
-        if not math.isfinite(witness):
-            if not self.weight.isfinite().all():
-                raise ValueError(f"{self.name} must be finite, but has NaN or infinite weights")
-            if self.tensor.isnan().any():
-                raise ValueError(f"the scores of {self.name} contain NaN")
-
-
-def _scored(weight: _Weight, score: Callable[[Tensor], Tensor]) -> _Scores:
-    tensor = weight.turned(weight.tensor)
-    scored = _Scores(weight.name, tensor)
-    if score is torch.abs:
-        return scored
-    if weight.tensor.grad is not None:
-        tensor.grad = weight.turned(weight.tensor.grad)
-    scored.check(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)))
-    scores = score(tensor)
-    if not isinstance(scores, Tensor) or not scores.is_floating_point():
-        got = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
-        raise TypeError(f"the scores of {weight.name} must be a floating-point tensor, got {got}")
-    if scores.shape not in (tensor.shape, tensor.shape[:1]):
-        shapes = f"{tuple(tensor.shape)} or {tuple(tensor.shape[:1])}"
-        raise ValueError(f"the scores of {weight.name} must have shape {shapes}, got {tuple(scores.shape)}")
-    scored.scores = scores.detach()
-    return scored
+    def compare(self, low: _Bound, high: _Bound) -> tuple[Tensor, int, np.ndarray, np.ndarray]:
+        """A flat mask of what ranks after both bounds, its count, and indices and scores of what is between them."""
+        flat, on_cpu = self.tensor.reshape(-1), self.tensor.is_cpu
+        library: Any = np if on_cpu else torch
+        size = min(BLOCK if on_cpu else GPU_BLOCK, len(flat))
+        mask = torch.empty(len(flat), dtype=torch.bool, device=flat.device)
+        scratch, buffer, keep = (
+            _array(each) for each in (flat.new_empty(size, dtype=self.dtype), mask.new_empty(size), mask)
+        )
+        kept, indices, between = 0, [np.empty(0, int)], [np.empty(0, np.float32)]
+        for first in range(0, len(flat), max(size, 1)):
+            block = self.check(self.ranked(flat[first : first + size], scratch[: len(flat) - first]))
+            after_high, inside = keep[first : first + size], buffer[: len(block)]
+            _compare(block, high, self.start + first, after_high)
+            _compare(block, low, self.start + first, inside)
+            inside ^= after_high
+            kept += int(library.count_nonzero(after_high))
+            index = library.where(inside)[0]
+            indices.append(_numpy(index) + first)
+            between.append(_numpy(block[index]))
+        return mask, kept, np.concatenate(indices), np.concatenate(between)
 
 
 def _select(scores: Sequence[_Scores], sparsity: float) -> list[Tensor]:
     """Masks that prune exactly round(sparsity * n) of n scores: the lowest, of equal ones the earlier first.
 
-    A score is ranked together with its place, so that no two are equal. The last one to prune most likely lies between
-    two bounds that a sample gives. All are compared with the bounds, but only those between them are ranked.
+    A score ranks together with its position, so that no two are equal. The last one to prune most likely lies between
+    two bounds that a sample gives: all are compared with these, and only the few between them are sorted.
 
     Source: Floyd and Rivest, "Expected Time Bounds for Selection" (1975).
     """
-    total, dtype = 0, torch.float32
-    for each in scores:
-        each.start, total = total, total + each.tensor.numel()
-        dtype = torch.promote_types(dtype, each.tensor.dtype)
-    for each in scores:
-        each.dtype = dtype
+    total = 0
+    for part in scores:
+        part.start, total = total, total + part.tensor.numel()
+        part.dtype = functools.reduce(torch.promote_types, [other.tensor.dtype for other in scores], torch.float32)
     count = round(sparsity * total)
-    if total == 0:
-        return [torch.ones_like(each.tensor, dtype=torch.bool) for each in scores]
-    if total <= (FEW if NUMPY and all(each.tensor.is_cpu for each in scores) else GPU_FEW):
-        return _partitioned(scores, count)
-    step = 30 * math.ceil(total ** (1 / 3) / 100) + 1  # out of step with rows whose length has factors 2, 3 or 5
-    sample = np.concatenate([each.array(each.tensor.reshape(-1)[-each.start % step :: step]) for each in scores])
-    for each in scores:
-        each.check(sample.max())  # NaN would be no bound
-    expected = len(sample) * count / total  # rank in the sample of the last one to prune
-    margin = 2.5 * (math.sqrt(expected * (1 - count / total)) + 1)  # so many standard deviations of it
+    step = 6 * int(total ** (1 / 3) / 20) + 1  # 1 for few scores; out of step with rows of 2, 3, 4, 6, … scores
+    sample = np.concatenate([part.sample(step) for part in scores])
+    ordered, rank = np.sort(sample), len(sample) * count / max(total, 1)
+    margin = 2 * math.sqrt(rank * (1 - rank / max(len(sample), 1)) * (1 - len(sample) / max(total, 1))) + (
+        step > 1
+    )  # standard deviations
     while True:
-        low, high = (_at_rank(sample, step, math.ceil(expected + side)) for side in (-margin, margin))
-        masks, kept, found, indices = zip(*(_compared(each, low, high) for each in scores), strict=True)
-        between = np.concatenate(found)
-        excess = count - (total - sum(kept) - len(between))  # how many of those between to prune
-        if 0 <= excess <= len(between):
+        low, high = (_bound(sample, ordered, math.ceil(rank + side) - 1, step) for side in (-margin, margin))
+        masks, kept, indices, between = zip(*(part.compare(low, high) for part in scores), strict=True)
+        ranked = np.concatenate(between)
+        excess = count - (total - sum(kept) - len(ranked))  # how many of those between to prune
+        if 0 <= excess <= len(ranked):
             break
-        margin *= 4
-    keep = np.empty(len(between), bool)
-    _behind(between, _at_rank(between, 1, excess - 1), 0, keep)
-    parts = np.split(keep, np.cumsum([len(part) for part in found])[:-1])
-    for mask, index, part in zip(masks, indices, parts, strict=True):
-        mask.view(-1).index_copy_(0, torch.from_numpy(index).to(mask.device), torch.from_numpy(part).to(mask.device))
-    return list(masks)
+        margin = 4 * margin + 1  # the sample misled
+    keep = np.empty(len(ranked), bool)
+    _compare(ranked, _bound(ranked, np.sort(ranked), excess - 1), 0, keep)
+    for mask, index in zip(masks, indices, strict=True):
+        now, keep = keep[: len(index)], keep[len(index) :]
+        mask.index_fill_(0, torch.from_numpy(index[now]).to(mask.device), True)
+    return [mask.view(part.tensor.shape) for mask, part in zip(masks, scores, strict=True)]
 
 
-def _partitioned(scores: Sequence[_Scores], count: int) -> list[Tensor]:
-    """What `_select` returns, at less expense if there are few scores."""
-    flat = _flat(scores)
-    magnitudes, rank = scores[0].scores is None, max(count - 1, 0)
-    ordered = flat if magnitudes else flat.copy()
-    # Magnitudes rank the same as integers, which are partitioned sooner. NaN is behind all others.
-    (ordered.view(f"i{flat.itemsize}") if magnitudes else ordered).partition(rank)
-    last, largest = ordered[rank], ordered[rank:].max()
-    for each in scores:
-        each.check(largest)
-    if magnitudes:  # to take them once more, into the same memory, takes less time than to have copied them
-        del flat, ordered
-        flat = _flat(scores)
-    keep = flat > last
-    if spare := len(flat) - np.count_nonzero(keep) - count:  # of those that equal the last one to prune
-        keep[np.flatnonzero(flat == last)[-spare:]] = True
-    parts = [keep[each.start :][: each.tensor.numel()].reshape(each.tensor.shape) for each in scores]
-    return [torch.from_numpy(part).to(each.tensor.device) for part, each in zip(parts, scores, strict=True)]
-
-
-def _flat(scores: Sequence[_Scores]) -> np.ndarray:
-    """All scores in one array."""
-    arrays = [each.array(each.tensor.reshape(-1)) for each in scores]
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-
-
-def _at_rank(scores: np.ndarray, step: int, rank: int) -> tuple[float, int]:
-    """The score at a rank and its place, if places are `step` apart; a bound before or behind all outside of ranks."""
-    if rank < 0:
-        return -math.inf, -1
-    if rank >= len(scores):
-        return math.inf, sys.maxsize
-    value = np.partition(scores, rank)[rank]
+def _bound(scores: np.ndarray, ordered: np.ndarray, rank: int, step: int = 1) -> _Bound:
+    """The score of a rank, where positions are a step apart; for ranks out of range, one before or after all others."""
+    if not 0 <= rank < len(scores):
+        return _Bound(-math.inf, -1) if rank < 0 else _Bound(math.inf, sys.maxsize)
+    value = ordered[rank]
     equal = np.flatnonzero(scores == value)
-    return float(value), step * int(equal[rank - np.count_nonzero(scores < value)])
+    return _Bound(float(value), step * int(equal[rank - np.searchsorted(ordered, value)]))
 
 
-def _behind(scores: Any, bound: tuple[float, int], start: int, out: Any) -> None:
-    """Which scores are behind a bound, their places counted from start."""
-    value, place = bound
-    cut, library = min(max(place + 1 - start, 0), len(scores)), _library(scores)
-    library.greater(scores[:cut], value, out=out[:cut])
-    library.greater_equal(scores[cut:], value, out=out[cut:])
+def _compare(scores: Any, bound: _Bound, start: int, out: Any) -> None:
+    """Which scores rank after a bound; the first of them has the position `start`."""
+    library: Any = np if isinstance(scores, np.ndarray) else torch
+    cut = min(max(bound.position + 1 - start, 0), len(scores))
+    library.greater(scores[:cut], bound.value, out=out[:cut])
+    library.greater_equal(scores[cut:], bound.value, out=out[cut:])
 
 
-def _compared(
-    scores: _Scores, low: tuple[float, int], high: tuple[float, int]
-) -> tuple[Tensor, int, np.ndarray, np.ndarray]:
-    """A mask of what is behind both bounds, how much it is, and the scores and indices of what is between them."""
-    tensor = scores.tensor
-    mask = _empty(tensor.shape, torch.bool, tensor.device)
-    kept, largest, between, places = 0, [0.0], [np.empty(0, np.float32)], [np.empty(0, int)]
-    flat, parts, step = tensor.reshape(-1), _native(mask.view(-1)), BLOCK if tensor.is_cpu else GPU_BLOCK
-    scratch = torch.empty(min(step, tensor.numel()), dtype=scores.dtype, device=tensor.device)
-    for first in range(0, tensor.numel(), step):
-        keep = parts[first : first + step]
-        block = scores.ranked(flat[first : first + step], scratch[: len(keep)])
-        largest.append(float(block.max()))
-        library = _library(block)
-        inside = library.empty_like(keep)
-        _behind(block, high, scores.start + first, keep)
-        _behind(block, low, scores.start + first, inside)
-        kept += int(library.count_nonzero(keep))
-        inside ^= keep
-        where = library.where(inside)[0]
-        between.append(_array(block[where]))
-        places.append(_array(where) + first)
-    scores.check(sum(largest))  # once for all blocks
-    return mask, kept, np.concatenate(between), np.concatenate(places)
+def _array(tensor: Tensor) -> Any:
+    """On the CPU an array of the same memory, for NumPy compares several times faster than torch."""
+    return tensor.numpy() if tensor.is_cpu else tensor
 
 
-def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A new tensor. NumPy asks for huge pages, which makes a large one cheaper to fill."""
-    if device.type == "cpu":
-        return torch.from_numpy(np.empty(shape, str(dtype).removeprefix("torch.")))
-    return torch.empty(shape, dtype=dtype, device=device)
-
-
-def _native(tensor: Tensor) -> Any:
-    return tensor.numpy() if NUMPY and tensor.is_cpu else tensor
-
-
-def _library(native: Any) -> Any:
-    return np if isinstance(native, np.ndarray) else torch
-
-
-def _array(native: Any) -> np.ndarray:
-    return native if isinstance(native, np.ndarray) else native.cpu().numpy()
+def _numpy(scores: Any) -> np.ndarray:
+    return scores if isinstance(scores, np.ndarray) else scores.cpu().numpy()

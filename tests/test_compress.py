@@ -1,25 +1,33 @@
 import copy
 import doctest
+import gzip
+import io
 import os
 import pickle
 import resource
-import struct
+import tracemalloc
+import warnings
 import zipfile
+import zlib
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.utils.prune
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torchvision.models import convnext, densenet, swin_transformer, vision_transformer
 
 import compress
-from compress import latency, load_compressed, save_compressed, shrink, stored_bytes, to_sparse
+from compress import SparseLinear, latency, load_compressed, save_compressed, shrink, stored_bytes, to_sparse
 from model import NeuralNetwork
 
-ACTIVATIONS = [kind() for kind in compress._ACTIVATIONS]
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+ACTIVATIONS = [
+    activation() if activation is not nn.Threshold else activation(0.1, 0.5) for activation in compress.ELEMENTWISE
+]
 
 
 def linears(model):
@@ -36,16 +44,23 @@ def zero_smallest(model, sparsity, method="weight"):
     with torch.no_grad():
         for layer in linears(model)[:-1]:
             if method == "weight":
-                layer.weight.view(-1)[
-                    layer.weight.abs().view(-1).argsort()[: round(sparsity * layer.weight.numel())]
-                ] = 0
+                order = layer.weight.abs().view(-1).argsort()
+                layer.weight.view(-1)[order[: round(sparsity * layer.weight.numel())]] = 0
             else:
                 layer.weight[layer.weight.norm(dim=1).argsort()[: round(sparsity * len(layer.weight))]] = 0
     return model
 
 
+def zero_at_random(model, sparsity=0.9):
+    """Zero random weights of every Linear, in place."""
+    with torch.no_grad():
+        for layer in linears(model):
+            layer.weight.masked_fill_(torch.rand_like(layer.weight) < sparsity, 0)
+    return model
+
+
 @st.composite
-def chains(draw, activations=ACTIVATIONS, whole_numbers=False):
+def chains(draw, activations=ACTIVATIONS, whole_numbers=False, norms=True):
     """An fp64 nn.Sequential of random widths with random zeros, biases or not, and some layers dead."""
     sizes = draw(st.lists(st.integers(1, 50), min_size=2, max_size=6))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
@@ -67,20 +82,28 @@ def chains(draw, activations=ACTIVATIONS, whole_numbers=False):
             if layer.bias is not None:
                 layer.bias.copy_(values(fan_out) * draw(st.sampled_from([0, 1])))
         modules += [layer, copy.deepcopy(draw(st.sampled_from(activations)))]
+        if norms and draw(st.booleans()):
+            norm = nn.BatchNorm1d(fan_out, affine=draw(st.booleans()), dtype=torch.float64)
+            for tensor in norm.state_dict().values():
+                tensor.copy_(values(fan_out).abs() + 0.1 if tensor.dim() else 7)
+            modules.append(norm)
         if draw(st.booleans()):
             modules.append(draw(st.sampled_from([nn.Dropout(0.5), nn.Flatten(), nn.Identity()])))
     return nn.Sequential(*modules).eval()
 
 
-def batch_for(model, size=5):
-    return torch.randn(size, widths(model)[0], dtype=torch.float64)
-
-
-def assert_same_logits(model, other):
-    batch = batch_for(model)
+def assert_same_logits(model, other, size=5):
+    batch = torch.randn(size, widths(model)[0], dtype=linears(model)[0].weight.dtype)
     with torch.no_grad():
-        expected, logits = model(batch), other(batch)
-    assert (logits - expected).abs().max() <= 1e-10 * expected.abs().max()
+        torch.testing.assert_close(other(batch), model(batch))
+
+
+def states_equal(state, other):
+    return state.keys() == other.keys() and all(bits(tensor) == bits(other[name]) for name, tensor in state.items())
+
+
+def bits(tensor):
+    return tensor.dtype, tensor.shape, bytes(tensor.detach().contiguous().flatten().view(torch.uint8).tolist())
 
 
 # shrink
@@ -125,28 +148,19 @@ def kept_units(model):
 
 @settings(deadline=None)
 @given(model=chains())
-def test_a_shrunk_chain_has_the_same_logits(model):
-    assert_same_logits(model, shrink(model))
-
-
-@settings(deadline=None)
-@given(model=chains(activations=[nn.ReLU(), nn.LeakyReLU(0.5), nn.ReLU(inplace=True)], whole_numbers=True))
-def test_exactly_the_units_that_cannot_matter_go(model):
-    expected = [max(1, kept) for kept in kept_units(model)]
-    assert widths(shrink(model))[1:-1] == expected
-
-
-@settings(deadline=None)
-@given(model=chains())
-def test_shrinking_again_changes_nothing(model):
+def test_a_shrunk_chain_has_the_same_logits_and_cannot_shrink_again(model):
     once = shrink(model)
-    twice = shrink(once)
-    assert widths(twice) == widths(once)
-    for name, tensor in once.state_dict().items():
-        assert torch.equal(twice.state_dict()[name], tensor)
+    assert_same_logits(model, once)
+    assert states_equal(once.state_dict(), shrink(once).state_dict())
 
 
 @settings(deadline=None)
+@given(model=chains(activations=[nn.ReLU(), nn.LeakyReLU(0.5), nn.ReLU(inplace=True)], whole_numbers=True, norms=False))
+def test_exactly_the_units_that_cannot_matter_go(model):
+    assert widths(shrink(model))[1:-1] == [max(1, kept) for kept in kept_units(model)]
+
+
+@settings(deadline=None, max_examples=50)
 @given(sizes=st.lists(st.integers(1, 50), min_size=2, max_size=6), sparsity=st.sampled_from([0, 0.3, 0.9, 1]))
 @pytest.mark.parametrize("method", ["weight", "unit"])
 def test_a_shrunk_network_is_a_network_with_the_same_logits(method, sizes, sparsity):
@@ -154,21 +168,19 @@ def test_a_shrunk_network_is_a_network_with_the_same_logits(method, sizes, spars
     before = copy.deepcopy(model.state_dict())
     smaller = shrink(model)
     assert type(smaller) is NeuralNetwork
-    assert smaller.sizes[0] == sizes[0] and smaller.sizes[-1] == sizes[-1]
+    assert (smaller.sizes[0], smaller.sizes[-1]) == (sizes[0], sizes[-1])
     if method == "unit":
         most = [max(1, size - round(sparsity * size)) for size in sizes[1:-1]]
         assert all(kept <= limit for kept, limit in zip(smaller.sizes[1:-1], most, strict=True))
     assert_same_logits(model, smaller)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert states_equal(before, model.state_dict())
 
 
 def test_nothing_dead_gives_an_equal_copy_of_its_own():
     model = NeuralNetwork((20, 30, 10))
     copied = shrink(model)
-    assert copied.sizes == model.sizes
-    for name, tensor in copied.state_dict().items():
-        assert torch.equal(tensor, model.state_dict()[name])
-        assert tensor.data_ptr() != model.state_dict()[name].data_ptr()
+    assert states_equal(copied.state_dict(), model.state_dict())
+    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(copied.parameters(), model.parameters(), strict=True))
 
 
 def test_a_network_without_any_weight_keeps_one_unit_a_layer():
@@ -179,6 +191,14 @@ def test_a_network_without_any_weight_keeps_one_unit_a_layer():
     assert not smaller(torch.randn(4, 20)).any()
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("sizes", [(0, 4, 2), (3, 0, 2), (3, 4, 0, 2), (3, 4, 0)])
+@pytest.mark.parametrize("function", [shrink, to_sparse])
+def test_layers_of_no_width(function, sizes):
+    layers = [module for sizes in pairwise(sizes) for module in (nn.Linear(*sizes), nn.ReLU())]
+    assert_same_logits(nn.Sequential(*layers), function(nn.Sequential(*layers)))
+
+
 def test_a_constant_moves_into_the_next_bias_or_stays_without_one():
     def model(bias):
         model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Tanh(), nn.Linear(4, 2, bias=bias)).double().eval()
@@ -187,18 +207,23 @@ def test_a_constant_moves_into_the_next_bias_or_stays_without_one():
             model[0].bias[2] = 0
         return model
 
-    folded, kept = shrink(model(bias=True)), shrink(model(bias=False))
-    assert widths(folded) == [3, 2, 2]
-    assert widths(kept) == [3, 3, 2]
-    for bias, smaller in ((True, folded), (False, kept)):
-        torch.manual_seed(1)
+    for bias, kept in ((True, 2), (False, 3)):
         before = model(bias)
-        assert widths(before) == [3, 4, 2]
+        assert widths(shrink(before)) == [3, kept, 2] and widths(before) == [3, 4, 2]
         assert_same_logits(before, shrink(before))
-        assert type(smaller) is nn.Sequential
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_constants_are_exact_under_autocast():
+    model = nn.Sequential(nn.Linear(20, 30), nn.GELU(), nn.Linear(30, 5), nn.LogSoftmax(1))
+    nn.init.zeros_(model[0].weight[5:])
+    outside = shrink(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = shrink(model)
+    assert widths(inside) == [20, 5, 5] and states_equal(inside.state_dict(), outside.state_dict())
+    assert_same_logits(model, inside)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_dtype_mode_and_requires_grad_stay_and_gradients_do_not(dtype):
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 3)).to(dtype)
     nn.init.zeros_(model[0].weight[:5])
@@ -212,9 +237,7 @@ def test_dtype_mode_and_requires_grad_stay_and_gradients_do_not(dtype):
     assert all(parameter.grad is None for parameter in smaller.parameters())
     assert all(parameter.grad is not None for parameter in model[0].parameters())
     assert [module.training for module in smaller] == [True, True, False, True]
-    torch.testing.assert_close(
-        smaller.eval()(torch.ones(2, 6, dtype=dtype)), model.eval()(torch.ones(2, 6, dtype=dtype))
-    )
+    assert_same_logits(model.eval(), smaller.eval())
 
 
 def test_a_shrunk_network_trains():
@@ -232,29 +255,91 @@ def test_a_shrunk_network_trains():
     assert smaller.sizes == (20, 20, 15, 10)
 
 
+class Perceptron(nn.Sequential):
+    """A subclass that only fills itself."""
+
+    def __init__(self):
+        body = nn.Sequential(nn.Linear(6, 8), nn.Sequential(nn.BatchNorm1d(8), nn.ReLU()), nn.Sequential())
+        super().__init__(nn.Flatten(), body, nn.Linear(8, 7), nn.Sigmoid(), nn.Linear(7, 4))
+
+
+class OwnForward(nn.Module):
+    """A class of one's own that tells its chain."""
+
+    def __init__(self):
+        super().__init__()
+        self.last, self.first = nn.Linear(8, 4), nn.Linear(6, 8)  # not in running order
+
+    def chain(self):
+        return [self.first, nn.GELU(), self.last, nn.Softmax(-1)]
+
+    def forward(self, batch):
+        return self.last(nn.functional.gelu(self.first(batch.flatten(1)))).softmax(-1)
+
+
+class Residual(nn.Sequential):
+    """A subclass that is no chain."""
+
+    def forward(self, batch):
+        return batch + super().forward(batch)
+
+
+TAILS = [
+    nn.LogSoftmax(1),
+    nn.LayerNorm(4),
+    nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 2, 3)),
+    Residual(nn.Linear(4, 4)),
+]
+
+
+@pytest.mark.parametrize("model", [Perceptron(), OwnForward(), *(nn.Sequential(OwnForward(), tail) for tail in TAILS)])
+def test_chains_of_many_kinds_shrink_and_become_sparse(model):
+    before = str(model)
+    with torch.no_grad():
+        for layer in (
+            linears(model)[:-1]
+            if isinstance(model, Perceptron)
+            else [model.get_submodule("0.first" if isinstance(model, nn.Sequential) else "first")]
+        ):
+            layer.weight[1:] = 0
+    smaller, sparse, batch = shrink(model.eval()), to_sparse(model), torch.randn(5, 2, 3)
+    assert str(model) == before and type(smaller) is type(sparse) is type(model)
+    assert sum(map(torch.numel, smaller.parameters())) < sum(map(torch.numel, model.parameters()))
+    assert any(isinstance(layer, SparseLinear) for layer in sparse.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(batch), model(batch))
+        torch.testing.assert_close(sparse(batch), model(batch))
+
+
 def computed(layer, parameter):
     return nn.Sequential(torch.nn.utils.prune.l1_unstructured(layer, parameter, 0.5))
 
 
-SHARED = nn.Linear(4, 4)
+SHARED, NORM = nn.Linear(4, 4), nn.BatchNorm1d(4)
 REFUSED = [
-    (nn.Sequential(nn.Linear(3, 4), nn.Sigmoid()), "1 is a Sigmoid"),
-    (nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.ReLU(), nn.BatchNorm1d(4))), r"1\.1 is a BatchNorm1d"),
-    (nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(8, 2)), "2 takes 8 inputs, 0 has 4 units"),
-    (nn.Sequential(SHARED, nn.ReLU(), SHARED), r"2\.bias, 2\.weight: shared with an earlier layer"),
-    (nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))), "0 is a ParametrizedLinear"),
-    (computed(NeuralNetwork((3, 4, 2)).fc1, "weight"), r"0\.weight is computed"),
-    (computed(nn.Linear(3, 4), "bias"), r"0\.bias is computed"),
-    (nn.Linear(3, 4), "got Linear"),
-    (None, "got NoneType"),
+    (nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)), "1 is a LayerNorm, .* Torch-Pruning"),
+    (nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(4, 2)), "0 is a Conv2d, .* Torch-Pruning"),
+    (nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()), "0 is a Conv2d, .* Torch-Pruning"),
+    (nn.Sequential(nn.Linear(4, 4), Residual(SHARED), nn.Linear(4, 2)), "1 is a Residual, .* Torch-Pruning"),
+    (nn.TransformerEncoderLayer(4, 2, 4), "TransformerEncoderLayer .* Torch-Pruning"),
+    (torchvision.models.resnet18(), "ResNet .* Torch-Pruning"),
+    (nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(8, 2)), "2 is a Linear of 8 inputs, after 4 units"),
+    (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(8), nn.Linear(4, 2)), "2 is a Linear of 4 inputs, after 4 units"),
+    (nn.Sequential(SHARED, nn.ReLU(), SHARED), "share parameters"),
+    (nn.Sequential(nn.Linear(4, 4), NORM, nn.Linear(4, 4), NORM, nn.Linear(4, 4)), "share parameters"),
+    (nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))), "0 is a ParametrizedLinear.*permanent"),
+    (computed(NeuralNetwork((3, 4, 2)).fc1, "weight"), r"0 is a Linear, .* permanent"),
+    (computed(nn.Linear(3, 4), "bias"), r"0 is a Linear, .* permanent"),
+    (nn.Linear(3, 4), "a Linear is no nn.Sequential"),
+    (None, "a NoneType is no nn.Sequential"),
 ]
 
 
-@pytest.mark.parametrize("function", [shrink, to_sparse, stored_bytes])
 @pytest.mark.parametrize(("model", "message"), REFUSED, ids=[message for _, message in REFUSED])
-def test_what_is_not_supported_is_named(function, model, message):
-    with pytest.raises(ValueError, match=message):
-        function(model)
+def test_what_cannot_be_cut_is_named_in_one_line(model, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        shrink(model)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -267,40 +352,25 @@ def test_weights_that_are_not_finite_are_not_hidden(value):
         shrink(model)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
-def test_activations_send_zero_for_zero(activation):
-    assert not activation(torch.zeros(3)).any()
-
-
-@pytest.mark.parametrize("function", [shrink, to_sparse])
-def test_stacks_with_hardly_a_layer(function, tmp_path):
-    for model in (nn.Sequential(), nn.Sequential(nn.ReLU()), nn.Sequential(nn.Linear(4, 3))):
-        batch = torch.randn(5, 4)
-        torch.testing.assert_close(function(model)(batch), model(batch))
-        save_compressed(model, tmp_path / "model.bin")
-        assert str(load_compressed(tmp_path / "model.bin")[0]) == str(model)
-
-
 # to_sparse
 
 
 @settings(deadline=None)
 @given(model=chains(), batch_size=st.sampled_from([0, 1, 2, 15, 16, 130, 300]))
 def test_sparse_layers_give_the_same_logits(model, batch_size):
-    batch = batch_for(model, batch_size)
-    with torch.no_grad():
-        torch.testing.assert_close(to_sparse(model)(batch), model(batch))
+    assert_same_logits(model, to_sparse(model), batch_size)
 
 
 @pytest.mark.parametrize("mkl", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("sparsity", [0.6, 0.7, 0.95, 1])
 def test_sparse_networks_of_every_dtype(monkeypatch, mkl, dtype, sparsity):
-    monkeypatch.setattr(compress, "_MKL", mkl and torch.backends.mkl.is_available())
+    if not mkl:
+        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     model = zero_smallest(NeuralNetwork((30, 50, 40, 10)).to(dtype), sparsity)
     sparse = to_sparse(model)
-    layouts = [layer.weight.layout for layer in sparse.modules() if hasattr(layer, "weight")]
-    assert layouts == [torch.strided if sparsity < 2 / 3 else torch.sparse_csr] * 2 + [torch.strided]
+    assert type(sparse) is NeuralNetwork and sparse.sizes == model.sizes
+    assert [isinstance(layer, SparseLinear) for layer in sparse.children()] == [sparsity > 2 / 3] * 2 + [False]
     for batch_size in (1, 7, 64, 65, 600):
         images = torch.randn(batch_size, 5, 6, dtype=dtype)
         with torch.no_grad():
@@ -309,139 +379,212 @@ def test_sparse_networks_of_every_dtype(monkeypatch, mkl, dtype, sparsity):
         torch.testing.assert_close(logits.double(), expected.double(), rtol=0, atol=8 * torch.finfo(dtype).eps)
 
 
-def test_sparse_networks_are_for_inference():
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (0, 6), (7, 5, 6), (2, 0, 6), (2, 3, 4, 6), (300, 2, 6)])
+def test_any_number_of_leading_dimensions(shape, bias):
+    model = zero_at_random(nn.Sequential(nn.Linear(6, 8, bias), nn.ReLU(), nn.Linear(8, 3, bias))).double()
+    batch = torch.randn(*shape, dtype=torch.float64)
+    for turned in (batch, batch.transpose(0, -1).contiguous().transpose(0, -1)):
+        torch.testing.assert_close(to_sparse(model)(turned), model(batch).detach())
+
+
+def test_a_layer_finds_its_input_turned_by_the_one_before():
+    layer = to_sparse(zero_at_random(nn.Linear(60, 50)))
+    assert layer(torch.randn(70, 60)).relu().t().is_contiguous()
+
+
+def test_sparse_networks_are_for_inference_and_stand_alone():
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 3))
     nn.init.zeros_(model[0].weight[2:])
     sparse = to_sparse(model)
-    assert not any(module.training for module in sparse.modules())
-    assert not any(tensor.requires_grad for tensor in [*sparse.parameters(), *sparse.buffers(), sparse(torch.ones(6))])
-    assert all(module.training for module in model.modules())
+    assert not any(module.training for module in sparse.modules()) and all(
+        module.training for module in model.modules()
+    )
+    assert not any(tensor.requires_grad for tensor in [*sparse.parameters(), sparse(torch.ones(6))])
     batch = torch.randn(2, 6)
     logits = sparse(batch)
+    for copied in (copy.deepcopy(sparse), pickle.loads(pickle.dumps(sparse)), to_sparse(sparse)):
+        assert torch.equal(copied(batch), logits)
     nn.init.zeros_(model[3].weight)
+    nn.init.zeros_(model[0].weight)
     assert torch.equal(sparse(batch), logits) and logits.any()
     with pytest.raises(ValueError, match="expected 6 features, got 12"):
         sparse(torch.randn(2, 12))
-    with pytest.raises(ValueError, match="0 is a SparseLayers"):
-        save_compressed(sparse, "never.bin")
 
 
-def test_sparse_layers_work_on_the_last_of_more_dimensions():
-    model = zero_smallest(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double(), 0.8)
-    batch = torch.randn(7, 5, 6, dtype=torch.float64)
-    torch.testing.assert_close(to_sparse(model)(batch), model(batch))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1, 40])
+def test_sparse_networks_under_autocast(size, dtype):
+    model = zero_at_random(nn.Sequential(nn.Linear(60, 50), nn.GELU(), nn.Linear(50, 40), nn.LayerNorm(40))).to(dtype)
+    batch = torch.randn(size, 60, dtype=dtype)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits, expected = to_sparse(model)(batch), model(batch)
+        assert to_sparse(model)[0](batch).dtype == model[0](batch).dtype
+    torch.testing.assert_close(
+        logits, expected.to(logits.dtype), rtol=0, atol=0.03 if dtype == torch.float32 else 1e-12
+    )
+
+
+class Tied(nn.Module):
+    """A language model whose decoder is its embedding, that runs one layer twice, indexes a chain and reads a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.body, self.decoder = nn.Embedding(20, 12), nn.Linear(12, 12), nn.Linear(12, 20)
+        self.again, self.parts = self.body, nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12))
+        self.decoder.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        features = self.again(self.body(self.embedding(tokens)).relu())
+        features = self.parts[2](self.parts[0](features).tanh())
+        return self.decoder(nn.functional.linear(features, self.body.weight, self.body.bias))
+
+
+def test_shared_and_tied_layers_and_layers_that_are_read():
+    model, tokens = zero_at_random(Tied()), torch.arange(15).view(5, 3)
+    sparse = to_sparse(model)
+    assert sparse.body is sparse.again and isinstance(sparse.decoder, SparseLinear)
+    assert torch.equal(sparse.body.weight, model.body.weight) and torch.equal(
+        sparse.embedding.weight, model.embedding.weight
+    )
+    torch.testing.assert_close(sparse(tokens), model(tokens).detach())
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_transformers_become_sparse(batch_first):
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=batch_first)
+    model = zero_at_random(nn.TransformerEncoder(layer, 2, enable_nested_tensor=batch_first)).eval()
+    sparse, batch = to_sparse(model), torch.randn(6, 6, 32)
+    assert sum(isinstance(layer, SparseLinear) for layer in sparse.modules()) == 4
+    padding = torch.arange(6).expand(6, 6) > 3
+    with torch.no_grad():
+        torch.testing.assert_close(sparse(batch), model(batch))
+        with warnings.catch_warnings(action="ignore"):  # nested tensors are a prototype, says torch
+            expected = model(batch, src_key_padding_mask=padding)
+        masked = sparse(batch, src_key_padding_mask=padding)
+    used = ~padding if batch_first else ~padding.t()
+    torch.testing.assert_close(masked[used], expected[used])
+
+
+def test_what_cannot_be_replaced_stays_dense():
+    class Doubled(nn.Linear):
+        def forward(self, batch):
+            return 2 * super().forward(batch)
+
+    hooked = nn.Linear(6, 6)
+    hooked.register_forward_hook(lambda module, args, output: output + 1)
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
+    attention = nn.TransformerDecoderLayer(6, 2, 6)
+    model = nn.ModuleList([Doubled(6, 6), hooked, normed, attention.self_attn, nn.Linear(6, 6, dtype=torch.complex64)])
+    with torch.no_grad():
+        for layer in (model[0], hooked, attention.self_attn.out_proj, model[4]):
+            layer.weight[1:] = 0
+    assert not any(isinstance(layer, SparseLinear) for layer in to_sparse(model).modules())
+    pruned = torch.nn.utils.prune.l1_unstructured(nn.Linear(6, 6), "weight", 0.9)
+    with pytest.raises(ValueError, match="permanent"):
+        to_sparse(nn.Sequential(pruned))
+
+
+def models():
+    """Ten small models of torchvision and plain PyTorch."""
+    torch.manual_seed(0)
+    mlp = nn.Sequential(nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8), nn.PReLU(), nn.Linear(8, 3))
+    vit = vision_transformer.VisionTransformer(16, 8, 2, 2, 16, 32, num_classes=5)
+    swin = swin_transformer.SwinTransformer([4, 4], 8, [1, 1], [2, 2], [2, 2], num_classes=5)
+    dense = densenet.DenseNet(4, (2, 2), 8, num_classes=5)
+    convnet = convnext.ConvNeXt([convnext.CNBlockConfig(8, 16, 1), convnext.CNBlockConfig(16, None, 1)], num_classes=5)
+    mobile = torchvision.models.MobileNetV2(num_classes=5, inverted_residual_setting=[[1, 8, 1, 1], [6, 8, 2, 2]])
+    mnas = torchvision.models.MNASNet(0.1, num_classes=5)  # it refuses a state_dict without its version
+    return [
+        mlp,
+        vit,
+        swin,
+        dense,
+        convnet,
+        mobile,
+        mnas,
+        nn.Transformer(8, 2, 1, 1, 16, batch_first=True),
+        nn.LSTM(4, 5, 2),
+        Tied(),
+    ]
 
 
 # save_compressed, load_compressed, stored_bytes
 
 
-def bits(tensor):
-    return bytes(tensor.detach().contiguous().flatten().view(torch.uint8).tolist())
+@pytest.mark.parametrize("model", models(), ids=lambda model: type(model).__name__)
+def test_models_of_every_kind_and_dtype_come_back(tmp_path, model):
+    zero_at_random(model)
+    for dtype in FLOATS:
+        model.to(dtype)
+        save_compressed(model, tmp_path / "model.bin", {"dtype": str(dtype)})
+        state, info = load_compressed(tmp_path / "model.bin")
+        assert info == {"dtype": str(dtype)} and states_equal(state, model.state_dict())
+        copied = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in copied.parameters():
+                parameter.zero_()
+        copied.load_state_dict(state)
+        assert states_equal(copied.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("model", models()[1:4], ids=lambda model: type(model).__name__)
+def test_vision_models_become_sparse(model):
+    zero_at_random(model.eval())
+    batch, sparse = torch.randn(2, 3, 16, 16), to_sparse(model)
+    assert any(isinstance(layer, SparseLinear) for layer in sparse.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(sparse(batch), model(batch))
 
 
 @settings(deadline=None)
 @given(
-    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
-    shape=st.lists(st.integers(1, 60), min_size=1, max_size=2),
-    density=st.sampled_from([0, 0.001, 0.03, 0.2, 0.6, 1]),
+    dtype=st.sampled_from([*FLOATS, torch.int8, torch.int64, torch.complex64, torch.float8_e4m3fn, torch.uint16]),
+    shape=st.lists(st.integers(0, 20), max_size=2),
+    density=st.sampled_from([0, 0.001, 0.03, 0.2, 1]),
     seed=st.integers(0, 2**32),
 )
-def test_every_bit_of_a_tensor_comes_back(dtype, shape, density, seed):
-    generator = torch.Generator().manual_seed(seed)
-    tensor = torch.zeros(shape, dtype=dtype)
+def test_every_bit_of_a_tensor_comes_back(tmp_path_factory, dtype, shape, density, seed):
+    generator, path = torch.Generator().manual_seed(seed), tmp_path_factory.getbasetemp() / "tensor.bin"
+    tensor = torch.zeros([*shape, 3, 2], dtype=dtype)
     raw = tensor.view(torch.uint8)  # any pattern: -0.0, denormal numbers, infinities, NaN with payload
-    raw.copy_(
-        torch.randint(0, 256, raw.shape, generator=generator) * (torch.rand(raw.shape, generator=generator) < density)
-    )
-    encoding, stored_shape, index, values = compress._pack(tensor)
-    assert index.nbytes + values.nbytes <= tensor.nbytes
-    unpacked = compress._unpack(encoding, stored_shape, index, values)
-    assert unpacked.dtype == dtype and unpacked.shape == tensor.shape and bits(unpacked) == bits(tensor)
+    drawn = torch.randint(0, 256, raw.shape, generator=generator)
+    raw.copy_(drawn * (torch.rand(raw.shape, generator=generator) < density))
+    save_compressed({"tensor": tensor, "turned": tensor.mT}, path)
+    state, info = load_compressed(path)
+    assert info == {} and states_equal(state, {"tensor": tensor, "turned": tensor.mT})
 
 
-@settings(deadline=None)
-@given(st.lists(st.sampled_from([1, 2, 100, 253, 254, 255, 256, 509, 510, 511, 765, 5000]), min_size=1, max_size=20))
-def test_gaps_of_every_length_come_back(steps):
-    positions = np.cumsum(steps) - 1
-    tensor = torch.zeros(int(positions[-1]) + 400)
-    tensor[torch.from_numpy(positions)] = torch.arange(1.0, len(steps) + 1)
-    index = torch.from_numpy(compress._gaps(positions))
-    unpacked = compress._unpack("gaps", [len(tensor)], index, tensor[torch.from_numpy(positions)])
-    assert torch.equal(unpacked, tensor)
-
-
-def test_the_smallest_encoding_is_chosen():
-    chosen = {}
-    for sparsity in (0, 0.02, 0.05, 0.5, 0.85, 0.9, 0.99, 1):
-        tensor = torch.ones(10_000)
-        tensor[torch.randperm(10_000)[: round(sparsity * 10_000)]] = 0
-        chosen[sparsity] = compress._pack(tensor)[0]
-    assert list(chosen.values()) == ["dense", "dense", "bits", "bits", "bits", "gaps", "gaps", "gaps"]
-
-
-@settings(deadline=None, max_examples=30)
-@given(model=chains())
-def test_saved_chains_come_back_bit_for_bit(tmp_path_factory, model):
-    path = tmp_path_factory.mktemp("compress") / "model.bin"
-    save_compressed(model, path)
-    loaded, info = load_compressed(path)
-    assert str(loaded) == str(model) and info == {}
-    assert {name: bits(tensor) for name, tensor in loaded.state_dict().items()} == {
-        name: bits(tensor) for name, tensor in model.state_dict().items()
-    }
-    batch = batch_for(model)
-    assert torch.equal(loaded(batch), model(batch))
-
-
-def test_a_network_comes_back_with_its_info_and_leaves_random_numbers_alone(tmp_path):
-    model = zero_smallest(NeuralNetwork((784, 100, 50, 10)), 0.9).eval()
+def test_files_are_the_same_at_every_time_and_leave_random_numbers_alone(tmp_path):
+    model = zero_smallest(NeuralNetwork((784, 100, 50, 10)), 0.9)
     info = {"accuracy": 0.98, "k": 90, "sizes": [784, 100], "range": (0, None), "scope": "layer", "nan": True}
-    path = tmp_path / "ein Modell für 90 %.bin"
-    save_compressed(model, str(path), info)
-    save_compressed(model, tmp_path / "b.bin")
+    save_compressed(model.state_dict(), tmp_path / "a.bin", info)
     state = torch.get_rng_state()
-    loaded, loaded_info = load_compressed(path)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert loaded_info == info and type(loaded) is NeuralNetwork and loaded.sizes == model.sizes
-    assert not loaded.training and all(parameter.requires_grad for parameter in loaded.parameters())
-    assert all(bits(a) == bits(b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
-    assert (tmp_path / "b.bin").stat().st_size == stored_bytes(model)
-    torch.load(path, weights_only=True)
-    shrink(loaded).train()(torch.randn(3, 784)).sum().backward()
+    save_compressed(model, str(tmp_path / "ein Modell für 90 %.bin"), info)
+    _, loaded_info = load_compressed(str(tmp_path / "a.bin"))
+    assert loaded_info == info and torch.equal(torch.get_rng_state(), state)
+    assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "ein Modell für 90 %.bin").read_bytes()
+    save_compressed(model, tmp_path / "b.bin")
+    assert (tmp_path / "b.bin").stat().st_size == stored_bytes(model) == stored_bytes(model.state_dict())
 
 
-def test_nested_stacks_and_all_arguments_come_back(tmp_path):
-    torch.manual_seed(0)
-    model = nn.Sequential()
-    model.add_module("start", nn.Flatten(1, 2))
-    model.add_module("body", nn.Sequential(nn.Linear(6, 5, bias=False), *ACTIVATIONS, nn.Dropout(0.25, inplace=True)))
-    odd = [nn.LeakyReLU(0.3), nn.ELU(0.7, inplace=True), nn.CELU(1.5), nn.GELU("tanh"), nn.Softshrink(0.1)]
-    model.add_module("end", nn.Sequential(*odd, nn.Hardshrink(0.2), nn.Linear(5, 2)))
-    model.eval()
-    save_compressed(model, tmp_path / "model.bin")
-    loaded, _ = load_compressed(tmp_path / "model.bin")
-    assert str(loaded) == str(model)
-    batch = torch.randn(4, 2, 3)
-    assert torch.equal(loaded(batch), model(batch))
-
-
-def test_tensors_that_share_memory_are_stored_alone():
-    model, storage = NeuralNetwork((20, 30, 10)), torch.randn(10_000)
-    model.fc1.weight.data = storage[:600].view(30, 20)
-    model.fc2.weight.data = storage[600:900].view(30, 10).t()
-    assert stored_bytes(model) < 900 * 4 + 3000
+def test_tensors_are_stored_once_and_without_what_else_is_in_their_memory():
+    values = torch.randn(30, 20)
+    alone = stored_bytes({"a": values})
+    assert stored_bytes({"a": values, "b": values}) < alone + 500  # as tied weights are
+    assert stored_bytes({"a": torch.cat([values, torch.randn(300, 20)])[:30]}) == alone
 
 
 @pytest.mark.parametrize(
     ("method", "sparsity", "bound"),
-    [("weight", 0.9, 0.14), ("weight", 0.99, 0.025), ("unit", 0.5, 0.34), ("unit", 0.9, 0.041)],
+    [("weight", 0.9, 0.135), ("weight", 0.99, 0.017), ("unit", 0.5, 0.325), ("unit", 0.9, 0.04)],
 )
-def test_files_are_as_small_as_promised(tmp_path, method, sparsity, bound):
-    model = NeuralNetwork()
-    torch.save(model.state_dict(), tmp_path / "dense.bin")
-    dense = (tmp_path / "dense.bin").stat().st_size
-    assert stored_bytes(model) <= 1.001 * dense
-    assert stored_bytes(shrink(zero_smallest(model, sparsity, method))) <= bound * dense
+def test_files_are_as_small_as_promised(method, sparsity, bound):
+    model, dense = NeuralNetwork(), io.BytesIO()  # a trained one's are smaller: its zeros are less evenly spread
+    for weight in model.parameters():
+        nn.init.normal_(weight, std=0.03)
+    torch.save(model.state_dict(), dense)
+    assert stored_bytes(shrink(zero_smallest(model, sparsity, method))) <= bound * dense.tell()
 
 
 class Intruder:
@@ -452,6 +595,11 @@ class Intruder:
         return os.mkdir, (str(self.path),)
 
 
+class Length:
+    def __reduce__(self):
+        return bytearray, (10**9,)
+
+
 @pytest.fixture
 def saved(tmp_path):
     path = tmp_path / "model.bin"
@@ -459,94 +607,125 @@ def saved(tmp_path):
     return path
 
 
-def assert_refused(path, match=None):
+def assert_refused(path, match="is damaged, not from save_compressed, or unpacks to more than", **limit):
     with pytest.raises(ValueError, match=match) as caught:
-        load_compressed(path)
+        load_compressed(path, **limit)
     message = str(caught.value)
-    assert message.startswith(f"{path} is damaged or not from save_compressed: ") and "\n" not in message
+    assert message.startswith(str(path)) and message.isprintable() and "weights_only" not in message
+    assert caught.value.__cause__ is None and (caught.value.__context__ is None or caught.value.__suppress_context__)
 
 
-def test_a_file_cut_short_or_damaged_is_refused(saved):
+def test_a_file_cut_short_damaged_or_longer_is_refused(saved):
     data = saved.read_bytes()
     for length in range(0, len(data), 101):
         saved.write_bytes(data[:length])
         assert_refused(saved)
-    values = data.index(bits(load_compressed_from(saved, data).fc2.weight))
-    saved.write_bytes(data[:values] + bytes([data[values] ^ 1]) + data[values + 1 :])
-    assert_refused(saved, "checksum")
+    for place in range(10, len(data), 101):
+        saved.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        assert_refused(saved)
+    for more in (b"\0", data):
+        saved.write_bytes(data + more)
+        assert_refused(saved)
 
 
-def load_compressed_from(path, data):
-    path.write_bytes(data)
-    return load_compressed(path)[0]
+def write_packed(path, content, **options):
+    """What is no save_compressed's, in a whole gzip file."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer, **options)
+    path.write_bytes(gzip.compress(buffer.getvalue()))
 
 
 def test_a_file_that_would_run_code_does_not(tmp_path):
-    content = {"format": compress._FORMAT, "info": Intruder(tmp_path / "made")}
-    torch.save(content, tmp_path / "zip.bin")
-    (tmp_path / "pickle.bin").write_bytes(pickle.dumps(content))
-    assert_refused(tmp_path / "zip.bin", "not plain data")
-    assert_refused(tmp_path / "pickle.bin", "not a zip file")
+    content = {"state_dict": {}, "info": {"a": Intruder(tmp_path / "made")}}
+    write_packed(tmp_path / "zip.bin", content)
+    write_packed(tmp_path / "old.bin", content, _use_new_zipfile_serialization=False)
+    (tmp_path / "pickle.bin").write_bytes(gzip.compress(pickle.dumps(content)))
+    for name in ("zip", "old", "pickle"):
+        assert_refused(tmp_path / f"{name}.bin")
     assert not (tmp_path / "made").exists()
-    torch.load(tmp_path / "zip.bin", weights_only=False)  # it would have
+    torch.load(io.BytesIO(gzip.decompress((tmp_path / "zip.bin").read_bytes())), weights_only=False)  # it would have
     assert (tmp_path / "made").exists()
 
 
 def test_other_files_are_refused(tmp_path):
-    torch.save(NeuralNetwork((3, 2)).state_dict(), tmp_path / "state.bin")
-    torch.save([1, 2], tmp_path / "list.bin")
-    (tmp_path / "text.bin").write_text("accuracy,k\n")
-    with zipfile.ZipFile(tmp_path / "other.bin", "w") as archive:
-        archive.writestr("a.txt", "a")
-    for name in ("state", "list", "text", "other"):
-        assert_refused(tmp_path / f"{name}.bin")
+    path = tmp_path / "other.bin"
+    torch.save(NeuralNetwork((3, 2)).state_dict(), path)
+    assert_refused(path)
+    for data in (b"accuracy,k\n", b"\0" * 100_000, gzip.compress(b""), gzip.compress(b"\0" * 10_000), b"\x1b[31mred"):
+        path.write_bytes(data)
+        assert_refused(path)
+    meta, tensor = torch.ones(3, device="meta"), torch.ones(3)
+    states = [[1, 2], {"a": tensor}, {"state_dict": tensor, "info": {}}, {"state_dict": {"a": tensor}, "info": []}]
+    for content in (
+        *states,
+        {"state_dict": {"a": meta}, "info": {}},
+        {"state_dict": {"a": tensor.to_sparse()}, "info": {}},
+    ):
+        write_packed(path, content)
+        assert_refused(path)
     with pytest.raises(FileNotFoundError):
         load_compressed(tmp_path / "nowhere.bin")
 
 
-def changed(name, place, value):
-    def change(content):
-        packed = list(content["tensors"][name])
-        packed[place] = value
-        content["tensors"][name] = tuple(packed)
+def test_files_that_ask_for_more_memory_than_they_have_are_refused(tmp_path):
+    path = tmp_path / "bomb.bin"
+    packer = zlib.compressobj(wbits=31)
+    path.write_bytes(b"".join(packer.compress(bytes(10**7)) for _ in range(30)) + packer.flush())  # 0.3 MB, of 0.3 GB
+    tracemalloc.start()
+    try:
+        assert_refused(path, limit=10**7)
+        assert tracemalloc.get_traced_memory()[1] < 2 * 10**8
+        tracemalloc.clear_traces()
+        for value in (torch.ones(1).expand(10**9), torch.ones(2).as_strided((10**9,), (0,))):
+            write_packed(path, {"state_dict": {"a": value}, "info": {}})
+            assert_refused(path)
+        write_packed(path, {"state_dict": {}, "info": {"a": Length()}})
+        assert_refused(path)
+        content, packed_again = io.BytesIO(), io.BytesIO()
+        torch.save({"state_dict": {"a": torch.zeros(10**7)}, "info": {}}, content)
+        with zipfile.ZipFile(content) as archive, zipfile.ZipFile(packed_again, "w", zipfile.ZIP_DEFLATED) as other:
+            for entry in archive.infolist():
+                other.writestr(entry.filename, archive.read(entry))
+        path.write_bytes(gzip.compress(packed_again.getvalue()))
+        del content, packed_again
+        tracemalloc.clear_traces()
+        tracemalloc.reset_peak()
+        assert_refused(path)
+        assert tracemalloc.get_traced_memory()[1] < 10**7
+    finally:
+        tracemalloc.stop()
+    tensor = torch.zeros(10**6)
+    write_packed(path, {"state_dict": {str(name): tensor for name in range(300)}, "info": {}})
+    assert_refused(path)  # of one memory, but whoever copies them needs 1.2 GB
 
-    return change
 
-
-IMPOSSIBLE = [
-    (changed("fc1.weight", 3, torch.ones(3)), "impossible indices"),
-    (changed("fc1.weight", 2, torch.full((75,), 200, dtype=torch.uint8)), "impossible indices"),
-    (changed("fc1.weight", 2, torch.zeros(60, dtype=torch.uint8)), "impossible indices"),
-    (changed("fc1.weight", 1, [2, 3]), "impossible indices"),
-    (changed("fc2.weight", 1, [30, 10]), "size mismatch"),
-    (changed("fc2.weight", 3, torch.ones(300, dtype=torch.int64)), "int64 values where floating-point"),
-    (lambda content: content["tensors"].pop("fc2.weight"), "Missing key"),
-    (lambda content: content.update(modules=[("", "NeuralNetwork", {"sizes": [20, 31, 10]})]), "size mismatch"),
-    (lambda content: content.update(modules=[("", "Unheard", {})]), "Unheard"),
-    (lambda content: content.update(modules=[]), "unpack"),
-    (lambda content: content.update(format="compressed network, version 2"), "another format"),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), IMPOSSIBLE)
-def test_contents_that_cannot_be_are_refused(saved, change, message):
-    content = torch.load(saved, weights_only=True)
-    change(content)
-    torch.save(content, saved)
-    assert_refused(saved, message)
+def test_what_is_no_regular_file_is_neither_waited_for_nor_replaced(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "fifo", tmp_path / "folder", "/dev/zero"):
+        assert_refused(path, "no regular file")
+        if path != "/dev/zero":
+            with pytest.raises(OSError, match=str(path)):
+                save_compressed(NeuralNetwork((3, 2)), path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fifo", "folder"]
 
 
 def test_what_cannot_be_stored_leaves_the_old_file(saved):
-    before = saved.read_bytes()
-    model, extra = NeuralNetwork((3, 4, 2)), NeuralNetwork((3, 4, 2))
-    extra.register_buffer("mean", torch.zeros(3))
-    for bad_model, bad_info in ((extra, None), (model, {"a": Intruder(saved)}), (model, {"a": lambda: 0})):
-        with pytest.raises(ValueError):
+    before, model = saved.read_bytes(), NeuralNetwork((3, 4, 2))
+    meta, lazy = nn.Linear(3, 4, device="meta"), nn.LazyLinear(4)
+    for bad_model, bad_info in (
+        (meta, None),
+        (lazy, None),
+        ({"a": torch.ones(3).to_sparse()}, None),
+        (model, {"a": Intruder(saved)}),
+        (model, {"a": lambda: 0}),
+        ({"a": Length()}, None),
+    ):
+        with pytest.raises(ValueError, match="can be stored"):
             save_compressed(bad_model, saved, bad_info)
-    with pytest.raises(TypeError, match="info must be a dict"):
-        save_compressed(model, saved, "abc")
-    with pytest.raises(TypeError):
-        save_compressed(model, saved, 5)
+    for arguments in ((model, saved, "abc"), ([1], saved), (None, saved), (model, 5)):
+        with pytest.raises(TypeError):
+            save_compressed(*arguments)
     assert saved.read_bytes() == before and [path.name for path in saved.parent.iterdir()] == ["model.bin"]
 
 
@@ -554,45 +733,47 @@ def test_a_full_disk_leaves_the_old_file(saved):
     before, limits = saved.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # stands in for a full disk
     try:
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match=str(saved)):
             save_compressed(NeuralNetwork((20, 30, 10)), saved)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert saved.read_bytes() == before and [path.name for path in saved.parent.iterdir()] == ["model.bin"]
 
 
-def test_nan_with_a_payload_and_minus_zero_come_back_from_a_file(tmp_path):
-    model = NeuralNetwork((3, 4, 2))
-    with torch.no_grad():
-        model.fc1.weight.zero_()
-        model.fc1.weight[0, 0] = -0.0
-        model.fc1.weight.view(torch.int32)[0, 1] = struct.unpack("<i", struct.pack("<I", 0x7FC12345))[0]
-    save_compressed(model, tmp_path / "model.bin")
-    loaded, _ = load_compressed(tmp_path / "model.bin")
-    assert bits(loaded.fc1.weight) == bits(model.fc1.weight)
-    assert torch.signbit(loaded.fc1.weight[0, 0]) and loaded.fc1.weight[0, 1].isnan()
+def test_links_stay_and_files_are_as_readable_as_any_other(saved):
+    link, other = saved.with_name("link.bin"), saved.with_name("other")
+    link.symlink_to("model.bin")
+    before = saved.read_bytes()
+    save_compressed(NeuralNetwork((3, 2)), link)
+    other.write_bytes(b"")
+    assert link.is_symlink() and saved.read_bytes() != before and saved.stat().st_mode == other.stat().st_mode
+    for nowhere in (saved.parent / "nowhere" / "a.bin", saved / "a.bin"):
+        with pytest.raises(OSError, match=str(nowhere)):
+            save_compressed(NeuralNetwork((3, 2)), nowhere)
 
 
-# latency, doctests
+# latency, surroundings
 
 
 def test_another_default_device_changes_nothing(tmp_path):
-    model = zero_smallest(NeuralNetwork((30, 20, 10)), 0.95)
-    save_compressed(model, tmp_path / "model.bin")
+    model = zero_smallest(nn.Sequential(nn.Linear(30, 20), nn.ReLU(), nn.Linear(20, 10)), 0.95)
     images = torch.rand(5, 30)
     with torch.device("meta"):
-        loaded, _ = load_compressed(tmp_path / "model.bin")
-        logits = to_sparse(model)(images)
-    assert all(torch.equal(weight, loaded.state_dict()[name]) for name, weight in model.state_dict().items())
-    torch.testing.assert_close(logits, model(images).detach())
+        save_compressed(model, tmp_path / "model.bin")
+        state, _ = load_compressed(tmp_path / "model.bin")
+        others = shrink(model), to_sparse(model)
+    assert states_equal(state, model.state_dict())
+    for other in others:
+        torch.testing.assert_close(other(images), model(images))
 
 
-@pytest.mark.parametrize("weight", [torch.ones(2, 3, device="meta"), torch.ones(2, 3, dtype=torch.complex128)])
-def test_weights_without_values_that_can_be_stored(weight):
-    model = NeuralNetwork((3, 2))
-    model.fc1.weight = nn.Parameter(weight)
-    with pytest.raises(ValueError, match="cannot be stored"):
-        stored_bytes(model)
+def test_nothing_process_wide_changes(saved):
+    filters, umask = list(warnings.filters), os.umask(0o077)
+    os.umask(umask)
+    with warnings.catch_warnings(record=True) as caught:
+        to_sparse(zero_at_random(NeuralNetwork((30, 20, 10))))(torch.rand(1, 30))
+        load_compressed(saved)
+    assert not caught and warnings.filters == filters and os.umask(umask) == umask
 
 
 def test_latency_states_its_threads_and_leaves_the_model():
@@ -610,13 +791,17 @@ def test_latency_states_its_threads_and_leaves_the_model():
 @pytest.mark.filterwarnings("default")
 def test_the_examples_hold():
     results = doctest.testmod(compress)
-    assert results.attempted >= 10 and results.failed == 0
+    assert results.attempted >= 9 and results.failed == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_on_cuda():
+def test_on_cuda(tmp_path):
     model = zero_smallest(NeuralNetwork((784, 100, 50, 10)), 0.9).cuda()
     batch = torch.randn(64, 784, device="cuda")
     with torch.no_grad():
         for other in (shrink(model), to_sparse(model)):
             torch.testing.assert_close(other(batch), model(batch))
+    save_compressed(model, tmp_path / "model.bin")
+    assert states_equal(
+        load_compressed(tmp_path / "model.bin")[0], {name: weight.cpu() for name, weight in model.state_dict().items()}
+    )

@@ -5,13 +5,13 @@ import sys
 import pytest
 from conftest import ROOT
 
-from config import K_PERCENT, Config, parse_config
+from config import K_PERCENT, Config, parse_config, without_effect
 
 
 def test_defaults_are_those_of_the_exercise():
     config = parse_config([])
     assert config == Config()
-    assert (config.epochs, config.seed, config.seeds, config.scope, config.skip) == (10, 0, 1, "layer", None)
+    assert (config.epochs, config.seed, config.seeds, config.scope, config.skip) == (10, 0, 1, "layer", ())
     assert config.k == K_PERCENT == (0, 25, 50, 60, 70, 75, 80, 85, 90, 92.5, 95, 97.5, 99)
     assert config.inputs == ROOT / "inputs"
 
@@ -30,14 +30,18 @@ def test_k_is_sorted_each_once_and_with_the_dense_network():
     assert parse_config(["--k", "90", "50", "--k", "90", "1e1"]).k == (0, 10, 50, 90)
 
 
-def test_skip_names_layers_or_none():
-    assert parse_config(["--skip", "fc1", "fc5"]).skip == ("fc1", "fc5")
-    assert parse_config(["--skip", "fc1", "--skip", "fc5"]).skip == ("fc1", "fc5")
-    assert parse_config(["--skip"]).skip == ()
-
-
-def test_keep_can_be_repeated():
+def test_flags_of_several_values_add_up():
+    assert parse_config(["--skip", "fc1", "fc5"]).skip == parse_config(["--skip", "fc1", "--skip", "fc5"]).skip
     assert parse_config(["--keep", "weight:90", "--keep", "unit:62.5"]).keep == (("weight", 90.0), ("unit", 62.5))
+    assert parse_config([]).methods == ("weight", "unit")
+    assert parse_config(["--methods", "weight", "random_weight"]).methods == ("weight", "random_weight")
+
+
+def test_what_says_nothing_of_the_numbers():
+    assert without_effect(parse_config([])) == ["seed", "seeds"]
+    assert "epochs" in without_effect(parse_config(["--model", "m.bin", "--finetune-epochs", "1"]))
+    assert "precision" not in without_effect(parse_config(["--model", "m.bin", "--finetune-epochs", "1"]))
+    assert "precision" in without_effect(parse_config(["--model", "m.bin"]))
 
 
 @pytest.mark.parametrize(
@@ -62,6 +66,8 @@ def test_keep_can_be_repeated():
         ("--dataset cifar", "--dataset: invalid choice: 'cifar'"),
         ("--precision fp8", "--precision: invalid choice: 'fp8'"),
         ("--scope all", "--scope: invalid choice: 'all'"),
+        ("--skip", "--skip: expected at least one"),
+        ("--methods magic", "--methods: invalid choice: 'magic'"),
         ("--keep neuron:50", "--keep: must be weight:K or unit:K"),
         ("--keep unit", "--keep: must be weight:K or unit:K"),
         ("--keep unit:x", "--keep: must be a number from 0 to 100"),

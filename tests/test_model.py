@@ -33,6 +33,13 @@ def test_it_computes_relu_between_layers_and_none_on_the_logits():
     torch.testing.assert_close(logits, torch.from_numpy(expected))
 
 
+def test_the_chain_is_what_forward_computes_and_shares_its_layers():
+    model = NeuralNetwork((4, 6, 5, 3))
+    images = torch.randn(7, 2, 2)
+    assert torch.equal(nn.Sequential(*model.chain())(images), model(images))
+    assert [module for module in model.chain() if isinstance(module, nn.Linear)] == list(model.children())
+
+
 def test_sizes_are_read_off_a_state_dict(tmp_path):
     model = NeuralNetwork((784, 3, 2, 10))
     torch.save(model.state_dict(), tmp_path / "model.bin")
@@ -62,6 +69,7 @@ def test_bad_sizes_are_refused(sizes):
         ({"fc1.weight": torch.ones(2, 3, dtype=torch.int64)}, "fc1.weight must be a floating-point matrix"),
         ({"fc1.weight": torch.ones(2)}, "fc1.weight must be a floating-point matrix"),
         ({"fc1.weight": torch.full((2, 3), torch.nan)}, "fc1.weight has NaN"),
+        ({"fc1.weight": torch.ones(1, 1).expand(10**6, 10**6)}, "fc1.weight repeats few values many times"),
         ({"fc1.weight": torch.ones(2, 3), "fc2.weight": torch.ones(2, 3)}, "fc2.weight takes 3 inputs.*has 2 units"),
     ],
 )

@@ -56,19 +56,9 @@ def tensors(draw: st.DrawFn, dims: tuple[int, int] = (1, 4), most: int = 7) -> T
 sparsities = st.one_of(st.floats(0, 1), st.sampled_from([0, 1, 0.5, 0.25, 0.9]))
 
 
-@pytest.fixture(params=["at once", "sampled", "sampled by torch"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What ranks elsewhere than on the CPU can be tested there, too."""
-    if request.param != "at once":
-        monkeypatch.setattr(prune, "FEW", 0)
-    if request.param == "sampled by torch":
-        monkeypatch.setattr(prune, "GPU_FEW", 0)
-        monkeypatch.setattr(prune, "NUMPY", False)
-
-
 @pytest.mark.parametrize("size", [1, 2, 5, 1000, 2**14 - 1, 2**14, 300_000, 1_000_003])
 @pytest.mark.parametrize("sparsity", [0.0, 0.001, 0.3, 0.5, 0.8, 0.975, 1.0])
-def test_weights_match_torch(size: int, sparsity: float, way: None) -> None:
+def test_weights_match_torch(size: int, sparsity: float) -> None:
     weight = torch.randn(size)
     layer = nn.Linear(1, 1)
     layer.weight = nn.Parameter(weight.clone())
@@ -117,25 +107,8 @@ def test_units_along_any_dimension_match_torch(dim: int) -> None:
     ids=["alike", "zeros", "tied", "sparse", "bf16", "two values", "sorted", "two scales"],
 )
 @pytest.mark.parametrize("sparsity", [1e-5, 0.05, 0.5, 0.9, 0.90001, 0.99999])
-def test_ties_go_by_position(weight: Tensor, sparsity: float, way: None) -> None:
+def test_ties_go_by_position(weight: Tensor, sparsity: float) -> None:
     assert torch.equal(prune.weight_mask(weight, sparsity), stable(weight.abs(), sparsity))
-
-
-@pytest.mark.parametrize("beyond", [0.0, 2.0])
-def test_a_misleading_sample_costs_time_but_no_precision(beyond: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prune, "FEW", 0)
-    weight = 1 + torch.rand(100_000)
-    weight[::31] = beyond
-    bounds = []
-
-    def compared(scores: object, low: object, high: object) -> object:
-        bounds.append((low, high))
-        return true_compared(scores, low, high)
-
-    true_compared = prune._compared
-    monkeypatch.setattr(prune, "_compared", compared)
-    assert torch.equal(prune.weight_mask(weight, 0.5), stable(weight, 0.5))
-    assert len(bounds) > 1
 
 
 @settings(many, max_examples=500)
@@ -146,18 +119,6 @@ def test_weight_mask_is_what_a_stable_sort_prunes(weight: Tensor, sparsity: floa
     assert torch.equal(mask, stable(weight.abs(), sparsity))
     assert mask.numel() - mask.count_nonzero() == round(sparsity * weight.numel())
     assert torch.equal(weight, before) and mask.is_contiguous()
-
-
-@settings(many, max_examples=400)
-@given(data=st.data(), weight=tensors(dims=(1, 2), most=60), sparsity=sparsities)
-def test_samples_and_blocks_of_any_size_select_exactly(data: st.DataObject, weight: Tensor, sparsity: float) -> None:
-    with ExitStack() as patches:
-        patches.enter_context(mock.patch.object(prune, "FEW", data.draw(st.sampled_from([0, 60, prune.FEW]))))
-        patches.enter_context(mock.patch.object(prune, "BLOCK", data.draw(st.integers(20, 2000))))
-        patches.enter_context(mock.patch.object(prune, "GPU_FEW", data.draw(st.sampled_from([0, prune.GPU_FEW]))))
-        patches.enter_context(mock.patch.object(prune, "NUMPY", data.draw(st.booleans())))
-        mask = prune.weight_mask(weight, sparsity)
-    assert torch.equal(mask, stable(weight.abs(), sparsity))
 
 
 @settings(many, max_examples=400)
@@ -279,7 +240,7 @@ def test_bad_weight(function: object, weight: object, error: type[Exception], me
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("sparsity", [0, 0.5, 0.9999, 1])
 @pytest.mark.parametrize("size", [100, 300_000])
-def test_one_bad_weight_among_many(bad: float, sparsity: float, size: int, way: None) -> None:
+def test_one_bad_weight_among_many(bad: float, sparsity: float, size: int) -> None:
     weight = torch.randn(size)
     weight[size // 3] = bad
     for function in (prune.weight_mask, prune.unit_mask):
@@ -288,7 +249,7 @@ def test_one_bad_weight_among_many(bad: float, sparsity: float, size: int, way: 
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0])
-def test_many_bad_weights(share: float, way: None) -> None:
+def test_many_bad_weights(share: float) -> None:
     weight = torch.randn(20_000).masked_fill(torch.rand(20_000) < share, torch.nan)
     with pytest.raises(ValueError, match="NaN or infinite weights"):
         prune.weight_mask(weight, 0.9)

@@ -97,13 +97,13 @@ def test_skip(skip: object, pruned: list[str]) -> None:
 def test_global_scope_matches_torch(method: str) -> None:
     model = mlp(40, 30, 20, 10)
     if method == "weight":
-        masks = prune.find_masks(model, method, 0.7, scope="global", skip=())
+        masks = prune.find_masks(model, method, 0.7, scope="global", prune_output=True)
         layers = [(layer, "weight") for layer in model if isinstance(layer, nn.Linear)]
         peer.global_unstructured(layers, pruning_method=peer.L1Unstructured, amount=0.7)
         for name in masks:
             assert torch.equal(masks[name], model.get_buffer(f"{name}_mask").bool())
     else:
-        masks = prune.find_masks(model, method, 0.5, scope="global", skip=())
+        masks = prune.find_masks(model, method, 0.5, scope="global", prune_output=True)
         weights = [layer.weight for layer in model if isinstance(layer, nn.Linear)]
         scores = torch.cat([weight.norm(dim=1) / weight.norm(dim=1).mean() for weight in weights])
         keep = torch.cat([mask[:, 0] for name, mask in masks.items() if name.endswith("weight")])
@@ -115,7 +115,7 @@ def test_global_scope_ranks_layers_of_different_precision_together() -> None:
     for layer, dtype in ((model[0], torch.float32), (model[2], torch.float64), (model[4], torch.float16)):
         nn.init.constant_(layer.to(dtype).weight, 0.1)  # 0.1 is 0.1000000015 in fp32 and 0.09998 in fp16
     with pytest.warns(UserWarning, match=r"4\.weight"):
-        masks = prune.find_masks(model, "weight", 20_000 / 85_000, scope="global", skip=())
+        masks = prune.find_masks(model, "weight", 20_000 / 85_000, scope="global", prune_output=True)
     assert {name: zeros({name: mask}) for name, mask in masks.items()} == {
         "0.weight": 0,
         "2.weight": 15_000,
@@ -164,11 +164,11 @@ def test_unit_methods_prune_biases_and_weight_methods_do_not() -> None:
 )
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_a_pruned_unit_of_any_layer_has_no_output(layer: nn.Module, scope: str) -> None:
-    masks = prune.find_masks(layer, "unit", 3 / 8, skip=(), scope=scope)
+    masks = prune.find_masks(layer, "unit", 3 / 8, prune_output=True, scope=scope)
     assert masks["weight"].shape == layer.weight.shape and masks["weight"].is_contiguous()
     dead = ~masks["bias"]
     assert dead.count_nonzero() == 3
-    pruned = prune.prune_model(layer, "unit", 3 / 8, skip=(), scope=scope)
+    pruned = prune.prune_model(layer, "unit", 3 / 8, prune_output=True, scope=scope)
     inputs = {
         nn.Linear: (2, 12),
         nn.Bilinear: (2, 3),
@@ -182,13 +182,13 @@ def test_a_pruned_unit_of_any_layer_has_no_output(layer: nn.Module, scope: str) 
     assert not outputs[:, dead].any()
     torch.testing.assert_close(outputs[:, ~dead], dense[:, ~dead])
     norms = torch.stack([dense[:, unit].detach().std() for unit in range(8)])
-    assert len(norms) == 8 and prune.achieved_sparsity(pruned, skip=()) == 3 / 8
+    assert len(norms) == 8 and prune.achieved_sparsity(pruned, prune_output=True) == 3 / 8
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_weights_of_transposed_convolutions_keep_their_layout(scope: str) -> None:
     layer = nn.ConvTranspose2d(6, 8, 3, groups=2)
-    mask = prune.find_masks(layer, "weight", 0.5, skip=(), scope=scope)["weight"]
+    mask = prune.find_masks(layer, "weight", 0.5, prune_output=True, scope=scope)["weight"]
     assert layer.weight[mask].abs().min() >= layer.weight[~mask].abs().max()
 
 
@@ -214,9 +214,9 @@ def test_a_weight_tied_to_an_embedding_is_left_alone(scope: str, method: str) ->
     masks = prune.find_masks(model, method, 0.5, scope=scope)
     assert {name.split(".")[0] for name in masks} == {"first", "second"}  # the head is the spared output already
     assert {name.split(".")[0] for name in prune.find_masks(Language(tied=False), method, 0.5)} == {"first", "second"}
-    everything = prune.find_masks(Language(tied=True), method, 0.5, scope=scope, skip=())
+    everything = prune.find_masks(Language(tied=True), method, 0.5, scope=scope, prune_output=True)
     assert {name.split(".")[0] for name in everything} == {"first", "second"}
-    assert "head.weight" in prune.find_masks(Language(tied=False), method, 0.5, skip=())
+    assert "head.weight" in prune.find_masks(Language(tied=False), method, 0.5, prune_output=True)
 
 
 def test_shared_weights_count_once_and_have_the_first_name() -> None:
@@ -285,13 +285,12 @@ def test_wrappers_add_nothing_to_names() -> None:
 def test_names_of_the_users_own_are_kept() -> None:
     model = nn.ModuleDict({"module": mlp(4, 3, 2)})
     assert list(prune.find_masks(model, "weight", 0.5)) == ["module.0.weight"]
-    assert list(prune.find_masks(nn.Linear(3, 3), "weight", 0.5, skip=())) == ["weight"]
+    assert list(prune.find_masks(nn.Linear(3, 3), "weight", 0.5, prune_output=True)) == ["weight"]
 
 
 @pytest.mark.parametrize("method", list(prune.METHODS))
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_the_default_device_and_type_do_not_matter(method: str, scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prune, "FEW", 100)
+def test_the_default_device_and_type_do_not_matter(method: str, scope: str) -> None:
     model = mlp(30, 20, 10)
 
     def find() -> dict[str, Tensor]:
@@ -337,26 +336,28 @@ def models(draw: st.DrawFn) -> nn.Module:
     sparsity=st.one_of(st.floats(0, 1), st.sampled_from([0, 0.5, 1])),
     more=st.floats(0, 1),
     seed=st.integers(0, 100),
-    few=st.sampled_from([0, prune.FEW]),
 )
 def test_counts_supersets_and_an_untouched_model(
-    model: nn.Module, method: str, scope: str, spare: bool, sparsity: float, more: float, seed: int, few: int
+    model: nn.Module, method: str, scope: str, spare: bool, sparsity: float, more: float, seed: int
 ) -> None:
     before = state(model)
     skip = None if spare else ()
 
     def find(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
-        with mock.patch.object(prune, "FEW", few), warnings.catch_warnings(action="ignore"):
-            masks = prune.find_masks(model, method, sparsity, scope=scope, skip=skip, generator=generator)
+        with warnings.catch_warnings(action="ignore"):
+            masks = prune.find_masks(model, method, sparsity, scope=scope, prune_output=not spare, generator=generator)
         return {name: mask for name, mask in masks.items() if name.endswith("weight")}
 
     masks = find(model, sparsity)
     assert unchanged(model, before)
-    layers = [layer for layer in model.modules() if isinstance(layer, prune.LAYERS)][: -1 if spare else None]
+    layers = [layer for layer in model.modules() if isinstance(layer, tuple(prune.LAYERS))][: -1 if spare else None]
     assert [mask.shape for mask in masks.values()] == [layer.weight.shape for layer in layers]
     if "unit" in method:
-        units = [layer.out_channels if isinstance(layer, prune.TRANSPOSED) else len(layer.weight) for layer in layers]
+        units = [
+            layer.out_channels if isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d)) else len(layer.weight)
+            for layer in layers
+        ]
         sizes = [mask.numel() // unit for mask, unit in zip(masks.values(), units, strict=True)]
         gone = [zeros({"": mask}) // size for mask, size in zip(masks.values(), sizes, strict=True)]
     else:
@@ -700,7 +701,7 @@ def test_empty_layers_have_empty_masks() -> None:
     model = mlp(4, 3, 0, 2)
     for scope in ("layer", "global"):
         for method in prune.METHODS:
-            masks = prune.find_masks(model, method, 0.5, scope=scope, skip=())
+            masks = prune.find_masks(model, method, 0.5, scope=scope, prune_output=True)
             assert masks["2.weight"].shape == (0, 3) and masks["4.weight"].shape == (2, 0)
     assert prune.achieved_sparsity(mlp(4, 0, 0)) == 0.0
 

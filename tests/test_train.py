@@ -13,7 +13,7 @@ from conftest import ROOT
 import compress
 import train
 from config import K_PERCENT
-from data import Batches, DataError, load
+from data import Batches, load
 from engine import Engine
 from model import NeuralNetwork
 
@@ -123,7 +123,7 @@ def test_fractions_in_place_of_percent_are_asked_about(tmp_path, capsys):
     assert "did you mean" not in capsys.readouterr().out
 
 
-def test_held_out_results_bear_their_name(tmp_path, capsys):
+def test_held_out_results_have_names_of_their_own(tmp_path, capsys):
     assert run_digits(tmp_path, *QUICK, "--holdout") == 0
     assert "Held-out Set Accuracy" in capsys.readouterr().out
     assert all("digits_holdout_" in name for name in files(tmp_path))
@@ -132,7 +132,18 @@ def test_held_out_results_bear_their_name(tmp_path, capsys):
 
 @pytest.mark.filterwarnings("ignore:pruning leaves nothing")  # of a layer that globally counts for little
 def test_every_way_to_prune(tmp_path, capsys):
-    flags = ["--random-baseline", "--scope", "global", "--finetune-epochs", "1", "--skip", "fc5", "--unit-lasso", ".1"]
+    flags = [
+        "--methods",
+        "weight",
+        "unit",
+        "random_weight",
+        "random_unit",
+        "--scope",
+        "global",
+        "--finetune-epochs",
+        "1",
+    ]
+    flags += ["--unit-lasso", ".1"]
     assert run_digits(tmp_path, "--epochs", "2", "--k", "50", "70", *flags, "--keep", "unit:70") == 0
     rows = read_rows(tmp_path)
     assert [row["method"] for row in rows[::3]] == ["weight", "unit", "random_weight", "random_unit"]
@@ -193,77 +204,96 @@ def test_an_existing_model_takes_the_place_of_training(tmp_path, capsys):
 # ── several seeds ──
 
 
-def test_a_run_that_is_stopped_goes_on_after_the_last_whole_seed(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def trained(monkeypatch):
+    """The seeds that were trained, in order; an entry "stop at N" ends the run before seed N, once."""
+    seeds: list[object] = []
+    original = train.train
+
+    def recording(model, dataset, config, seed):
+        if f"stop at {seed}" in seeds:
+            seeds.remove(f"stop at {seed}")
+            raise Stopped
+        seeds.append(seed)
+        original(model, dataset, config, seed)
+
+    monkeypatch.setattr(train, "train", recording)
+    return seeds
+
+
+def stop_after_the_first_seed(folder: Path, trained: list[object], *flags: str) -> Path:
+    """The file that such a run leaves behind."""
+    trained.append("stop at 1")
+    with pytest.raises(Stopped):
+        run_digits(folder, *flags)
+    trained.clear()
+    return folder / "plots" / "digits_accuracy_sparsity.unfinished"
+
+
+def test_a_run_that_is_stopped_goes_on_after_the_last_whole_seed(tmp_path, trained, capsys):
     flags = (*QUICK, "--seeds", "2")
     assert run_digits(tmp_path / "undisturbed", *flags) == 0
-    trained = []
-    original = train._train_network
-
-    def stopping(job, seed):
-        if seed == 1 and "again" not in trained:
-            raise Stopped
-        trained.append(seed)
-        return original(job, seed)
-
-    monkeypatch.setattr(train, "_train_network", stopping)
-    with pytest.raises(Stopped):
-        run_digits(tmp_path / "stopped", *flags)
-    trained.append("again")
+    assert stop_after_the_first_seed(tmp_path / "stopped", trained, *flags).is_file()
+    (tmp_path / "stopped/models/digits_model.bin").write_bytes(b"another")  # the rows stand whatever becomes of it
     assert run_digits(tmp_path / "stopped", *flags) == 0
-    assert trained == [0, "again", 1]
-    assert "seed 0 is taken from" in capsys.readouterr().out
+    assert trained == [1]
+    assert "a stopped run with these settings has done 1 seed" in capsys.readouterr().out
     assert files(tmp_path / "stopped") == files(tmp_path / "undisturbed")
     name = "plots/digits_accuracy_sparsity.csv"
     assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
 
     assert run_digits(tmp_path / "stopped", *flags) == 0  # a run that was whole is repeated from the start
-    assert trained == [0, "again", 1, 0, 1]
+    assert trained == [1, 0, 1]
 
 
-def stop_after_the_first_seed(folder: Path, *flags: str) -> None:
-    original = train._train_network
-
-    def stopping(job: train.Run, seed: int) -> torch.nn.Module:
-        if seed == 1:
-            raise Stopped
-        return original(job, seed)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(train, "_train_network", stopping)
-        run_digits(folder, *flags)
+def test_a_stopped_run_goes_on_with_more_seeds_but_not_with_other_settings(tmp_path, trained, capsys):
+    flags = ("--epochs", "1", "--k", "50")
+    stop_after_the_first_seed(tmp_path / "a", trained, *flags, "--seeds", "2")
+    assert run_digits(tmp_path / "a", *flags, "--seeds", "3") == 0
+    assert trained == [1, 2]
+    stop_after_the_first_seed(tmp_path / "b", trained, *flags, "--seeds", "2")
+    assert run_digits(tmp_path / "b", *flags, "--seeds", "2", "--learning-rate", "1e-3") == 0
+    assert trained == [0, 1]
+    assert "of a run with other settings: starting with the first seed" in capsys.readouterr().out
 
 
-def test_other_settings_never_mix_with_what_a_stopped_run_left(tmp_path, capsys):
-    flags = (*QUICK, "--seeds", "2")
-    stop_after_the_first_seed(tmp_path / "a", *flags)
-    (left,) = [name for name in files(tmp_path / "a") if ".unfinished" in name]
-    for name in "ab":
-        assert run_digits(tmp_path / name, *flags, "--learning-rate", "1e-3") == 0
-    assert read_rows(tmp_path / "a") == read_rows(tmp_path / "b")
-    assert run_digits(tmp_path / "a", *QUICK, "--seed", "5") == 0  # of the same settings, but not of its seeds
-    assert run_digits(tmp_path / "b", *QUICK, "--seed", "5") == 0
-    assert files(tmp_path / "a") == {*files(tmp_path / "b"), left}  # and the stopped one can still go on
-    assert "is taken from" not in capsys.readouterr().out
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
 
 
-@pytest.mark.parametrize("change", ["model gone", "model foreign", "kept gone", "kept foreign", "not first", "code"])
-def test_a_first_seed_without_its_networks_or_of_other_code_is_done_again(change, tmp_path, monkeypatch, capsys):
-    flags = ("--epochs", "1", "--k", "50", "--seeds", "2", "--keep", "unit:50")
-    stop_after_the_first_seed(tmp_path, *flags)
-    path = tmp_path / "models" / ("digits_unit_50.bin" if "kept" in change else "digits_model.bin")
-    written = path.read_bytes()
-    if "gone" in change:
-        path.unlink()
-    if "foreign" in change:
-        path.write_bytes(b"another")
-    if change == "not first":
-        (left,) = (tmp_path / "plots").glob(".unfinished*")
-        left.write_text(json.dumps({**json.loads(left.read_text()), "files": {}}))
-    if change == "code":
-        monkeypatch.setattr(train, "SOURCE", "another")
+def change_a_row(path: Path) -> None:
+    path.write_text(path.read_text().replace('"weight"', '"unit"', 1))
+
+
+def make_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def make_a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+DAMAGE = [cut, change_a_row, lambda path: path.write_text("[" * 10**6), lambda path: path.write_bytes(b"")]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=["cut short", "a row changed", "deeply nested", "empty"])
+def test_a_damaged_progress_file_starts_anew(damage, tmp_path, trained, capsys):
+    flags = ("--epochs", "1", "--k", "50", "--seeds", "2")
+    damage(stop_after_the_first_seed(tmp_path, trained, *flags))
     assert run_digits(tmp_path, *flags) == 0
-    assert capsys.readouterr().out.count("is taken from") == 0
-    assert path.read_bytes() == written
+    assert trained == [0, 1]
+    assert "is damaged or of a run with other settings" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", [make_a_folder, make_a_pipe])
+def test_what_is_in_the_way_of_results_is_told_before_training(damage, tmp_path, trained):
+    flags = ("--epochs", "1", "--k", "50", "--seeds", "2")
+    damage(stop_after_the_first_seed(tmp_path, trained, *flags))
+    with pytest.raises(OSError, match=r"unfinished is in the way"):
+        run_digits(tmp_path, *flags)
+    assert trained == []
 
 
 def test_two_ranks_write_what_one_process_writes(tmp_path):
@@ -279,17 +309,6 @@ def test_two_ranks_write_what_one_process_writes(tmp_path):
     assert files(tmp_path / "one") == files(tmp_path / "two")
     name = "plots/digits_accuracy_sparsity.csv"
     assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-
-
-def test_ranks_that_have_other_images_are_told(monkeypatch):
-    def gather(own: object, gathered: list[object]) -> None:
-        gathered[:] = [own, ("digits", [])]
-
-    for name, fake in (("get_rank", lambda: 0), ("gather_object", gather), ("destroy_process_group", lambda: None)):
-        monkeypatch.setattr(train.distributed, name, fake)
-    with pytest.raises(DataError, match="did not all have MNIST"):
-        train._gather("mnist", [], 2)
-    assert train._gather("digits", [], 2) == []
 
 
 # ── the README ──

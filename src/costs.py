@@ -1,0 +1,163 @@
+"""What pruned networks cost (`--costs`): file size and latency of each, as a table and as a figure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from compress import SparseLinear, latency, shrink, stored_bytes, to_sparse
+from prune import prune_model
+from utils import COLORS, MARKERS, NAMES, Row, add_title, log_axis, new_figure, stretch_k_axis
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BATCH_SIZES = (1, 256)  # images
+ROUNDS = 5
+ROUND_SECONDS = 0.1  # a network, a batch size
+BUSY = 0.5  # of the median: where the quartiles lie further apart, something else ran on the machine
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """What one pruned network costs in one form at one batch size: a line of cost_sparsity.csv."""
+
+    method: str
+    k_percent: float
+    accuracy_percent: float
+    form: str  # "dense" or "sparse" for weights, "shrunk" for units
+    stored_bytes: int  # shrunk and compressed
+    dense_bytes: int  # of the values of the unpruned state_dict
+    batch_size: int
+    latency_ms: float = 0.0  # median
+    latency_iqr_ms: float = 0.0  # between the quartiles
+
+
+def measure_costs(model: nn.Module, rows: Sequence[Row], images: Tensor, **pruning: Any) -> list[CostRow]:
+    """Measure what the network of every row costs in each form that suits it, at each batch size.
+
+    All take turns, so that what else the machine does hits all of them. A terminal shows how far it is.
+
+    Args:
+        model: the unpruned network.
+        rows: points of its curves; those of random pruning are left out.
+        images: (B, …) with B of 256 or more, on the model's device.
+        **pruning: what the rows were pruned with: `scope`, `skip`, … of `prune_model`.
+    """
+    from torch.utils.benchmark import Measurement  # slow to import
+
+    dense_bytes, turns = sum(tensor.nbytes for tensor in model.state_dict().values()), []
+    for row in [row for row in rows if row.method in ("weight", "unit")]:
+        pruned = prune_model(model, row.method, row.k_percent / 100, **pruning)
+        small = shrink(pruned)
+        sparse, file_bytes = to_sparse(small), stored_bytes(small)
+        forms: dict[str, nn.Module] = {"shrunk": small} if row.method == "unit" else {"dense": pruned}
+        if row.method == "weight" and any(isinstance(layer, SparseLinear) for layer in sparse.modules()):
+            forms["sparse"] = sparse
+        for form, network in forms.items():
+            fields = (row.method, row.k_percent, row.accuracy_percent, form, file_bytes, dense_bytes)
+            turns += [(CostRow(*fields, size), network, list[Measurement]()) for size in BATCH_SIZES]
+    for cost, network, times in tqdm(turns * ROUNDS, "costs", leave=False, disable=None):  # None: only on a terminal
+        times.append(latency(network, images[: cost.batch_size], ROUND_SECONDS))
+    merged = [(cost, Measurement.merge(times)[0]) for cost, _, times in turns]
+    return [replace(cost, latency_ms=1e3 * time.median, latency_iqr_ms=1e3 * time.iqr) for cost, time in merged]
+
+
+def is_busy(rows: Sequence[CostRow]) -> bool:
+    """Whether the times of some row vary so much that nothing follows from them."""
+    return any(row.latency_iqr_ms > BUSY * row.latency_ms for row in rows)
+
+
+def break_even(costs: Sequence[CostRow], batch_size: int) -> tuple[float | None, str]:
+    """From which k on sparse kernels are faster than dense ones, by the medians: k in %, if there is one, and words."""
+    rows = [row for row in costs if row.batch_size == batch_size and row.method == "weight"]
+    if is_busy(rows):
+        return None, "the machine is busy: no conclusion"
+    times, found = {(row.form, row.k_percent): row.latency_ms for row in rows}, None
+    for k in sorted((k for form, k in times if form == "sparse"), reverse=True):
+        if times["sparse", k] >= times["dense", k]:
+            break
+        found = k
+    return found, "sparse kernels do not pay" if found is None else f"sparse kernels pay from k = {found:g} % on"
+
+
+def dense_latency(costs: Sequence[CostRow], batch_size: int) -> float:
+    """Median in ms of the unpruned network, and of those whose zeros are multiplied as other weights are."""
+    alike = [row for row in costs if row.batch_size == batch_size and (row.form == "dense" or row.k_percent == 0)]
+    return float(np.median([row.latency_ms for row in alike]))
+
+
+def format_costs(costs: Sequence[CostRow]) -> str:
+    """A table for people: file and latency of every network in its fastest form, and when sparse kernels pay."""
+    sizes = sorted({row.batch_size for row in costs})
+    lines = [f"{'k %':>13}{'file kB':>9}{'% of dense':>12}"]
+    lines[0] += "".join(f"{f'batch {size}: ms':>22}{'speed-up':>10}" for size in sizes)
+    lines.append("-" * len(lines[0]))
+    for method, k in dict.fromkeys((row.method, row.k_percent) for row in costs):
+        rows = [row for row in costs if (row.method, row.k_percent) == (method, k)]
+        share = rows[0].stored_bytes / rows[0].dense_bytes
+        line = f"{NAMES[method]:7}{k:6g}{rows[0].stored_bytes / 1e3:9,.0f}{100 * share:12.2f}"
+        for size in sizes:
+            best = min((row for row in rows if row.batch_size == size), key=lambda row: row.latency_ms)
+            faster = "busy" if is_busy([best]) else f"{dense_latency(costs, size) / best.latency_ms:.2f}"
+            line += f"{f'{best.form} {best.latency_ms:.3g}':>22}{faster:>10}"
+        lines.append(line)
+    dense, packed = costs[0].dense_bytes, max(row.stored_bytes for row in costs)
+    lines.append(f"dense file: {dense / 1e6:.2f} MB, {packed / 1e6:.2f} MB in gzip ({packed / dense:.1%})")
+    return "\n".join(lines + [f"batch {size}: {break_even(costs, size)[1]}" for size in sizes])
+
+
+def plot_cost_sparsity(costs: Sequence[CostRow], title: str) -> "Figure":
+    """Four panels over k: accuracy, file size, and the speed-up over dense, with its milliseconds, at two batch sizes.
+
+    Args:
+        costs: of one network.
+        title: what was measured and on what, in one line.
+    """
+    figure, panels = new_figure(2, 2, (8.3, 6.8))
+    for panel in panels:
+        stretch_k_axis(panel, [row.k_percent for row in costs])
+        panel.set_xlabel("pruned: k %")
+    for method in dict.fromkeys(row.method for row in costs):
+        points = {row.k_percent: row for row in costs if row.method == method}
+        style: dict[str, Any] = {"color": COLORS[method], "marker": MARKERS[method], "markersize": 5, "linewidth": 2}
+        panels[0].plot([*points], [row.accuracy_percent for row in points.values()], label=NAMES[method], **style)
+        panels[1].plot([*points], [100 * row.stored_bytes / row.dense_bytes for row in points.values()], **style)
+    panels[0].set(ylabel="accuracy, %", ylim=(0, 104))
+    panels[1].set(ylabel=f"file, % of dense ({costs[0].dense_bytes / 1e6:.2f} MB)")
+    log_axis(panels[1], "y")
+    for panel, size in zip(panels[2:], sorted({row.batch_size for row in costs}), strict=False):
+        _draw_speed_up(panel, costs, size)
+    panels[0].legend(frameon=False, fontsize=9.5)
+    panels[2].legend(frameon=False, fontsize=9.5)
+    add_title(figure, title, "bars: from the lower to the upper quartile of the latency, about its median")
+    return figure
+
+
+def _draw_speed_up(axes: "Axes", costs: Sequence[CostRow], batch_size: int) -> None:
+    """How many times as fast as dense every form is at one batch size, with the milliseconds to the right."""
+    dense, (pays_from, words) = dense_latency(costs, batch_size), break_even(costs, batch_size)
+    for method, form in dict.fromkeys((row.method, row.form) for row in costs):
+        rows = [row for row in costs if (row.method, row.form, row.batch_size) == (method, form, batch_size)]
+        style: dict[str, Any] = {"color": COLORS[method], "linewidth": 2, "markersize": 5}
+        if form == "dense":
+            style = {"color": "0.6", "linewidth": 1, "markersize": 3}
+        times = np.array([row.latency_ms for row in rows])
+        half = np.minimum(np.array([row.latency_iqr_ms for row in rows]) / 2, 0.9 * times)  # no bar ends at infinity
+        bars = [dense / times - dense / (times + half), dense / (times - half) - dense / times]
+        name = f"{NAMES[method]}, {form}" + " kernels" * (method == "weight")
+        k = [row.k_percent for row in rows]
+        axes.errorbar(k, dense / times, bars, marker=MARKERS[method], elinewidth=1, label=name, **style)
+    if pays_from is not None:
+        axes.axvline(pays_from, color=COLORS["weight"], linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+    axes.set_title(words, fontsize=9.5, color=COLORS["weight"])
+    axes.set_ylabel(f"times as fast as dense (batch {batch_size})")
+    log_axis(axes, "y")
+    milliseconds = axes.twinx()
+    milliseconds.set(ylim=[dense / speed for speed in axes.get_ylim()], ylabel="ms")
+    milliseconds.spines["top"].set_visible(False)
+    log_axis(milliseconds, "y")
