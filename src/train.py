@@ -7,6 +7,7 @@ import io
 import json
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -67,8 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_outputs(config)
     announce(dataset, config)
 
-    rows = read_progress(config, rank)
-    for seed in range(config.seed + rank, config.seed + config.seeds, ranks):
+    seeds = range(config.seed + rank, config.seed + config.seeds, ranks)
+    rows = read_progress(config, seeds)
+    for seed in seeds:
         if any(row.seed == seed for row in rows):
             continue
         torch.manual_seed(seed)
@@ -142,7 +144,8 @@ def training_batches(dataset: Dataset, config: Config, seed: int) -> Batches:
 def make_engine(model: nn.Module, config: Config, steps: int, peak: float, **options: Any) -> Engine:
     """An Engine with Adam on a one-cycle schedule of so many steps, to that peak of the learning rate."""
     optimizer = Adam(model.parameters(), lr=peak, weight_decay=config.weight_decay, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps)
+    # Of one step in all, the schedule makes its lowest rate, at which nothing is learned.
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=max(steps, 2))
     options |= {"precision": getattr(torch, config.precision), "label_smoothing": config.label_smoothing}
     return Engine(model, optimizer, scheduler=schedule, **options)
 
@@ -192,32 +195,33 @@ def progress_bar(batches: Batches, text: str) -> Any:
 
 def report(rows: list[Row], dataset: Dataset, config: Config) -> int:
     """Table, facts, CSV and plots of all seeds, and what else was asked for; returns the exit status."""
+    rows = sorted(rows, key=lambda row: row.seed or 0)  # ranks and stopped runs bring them in other orders
     say(f"{utils.format_table(rows)}\n{utils.format_facts(rows)}")
-    write_rows(rows, config)
-    progress_path(config).unlink(missing_ok=True)
+    write_rows(rows, output(config, "accuracy_sparsity.csv"))
     text = title(dataset, config)
     drawn = [
         draw(output(config, "accuracy_sparsity"), config, lambda: utils.plot_accuracy_sparsity(rows, text)),
         draw(output(config, "accuracy_weights"), config, lambda: utils.plot_accuracy_weights(rows, text)),
     ]
     if config.keep or config.costs:
-        model = load_model(config.model or model_path(config), dataset.test_images.device)
+        model = first_network(config, dataset.test_images.device)
         for method, k in config.keep:
             keep_network(model, method, k, dataset, config)
     if config.costs:
         plain = [row for row in rows if row.seed == rows[0].seed and row.method in ("weight", "unit")]
         costs = measure_costs(model, plain, dataset.test_images, **pruning(config))
         say(format_costs(costs))
-        utils.write_csv(output(config, "cost_sparsity.csv"), costs)
+        write_rows(costs, output(config, "cost_sparsity.csv"))
         drawn += [draw(output(config, "cost_sparsity"), config, lambda: plot_cost_sparsity(costs, text))]
     announce_older_results(config)
     announce_fallback(dataset)
+    for path in progress_files(config) if all(drawn) else ():  # else the same command draws again without training
+        path.unlink(missing_ok=True)
     return 0 if all(drawn) else 1
 
 
-def write_rows(rows: list[Row], config: Config) -> None:
-    """Write the CSV; if its folder has gone or is full, elsewhere, and say where in the error."""
-    path = output(config, "accuracy_sparsity.csv")
+def write_rows(rows: Sequence[Any], path: Path) -> None:
+    """Write a CSV; if its folder has gone or is full, elsewhere, and say where in the error."""
     try:
         utils.write_csv(path, rows)
     except OSError as error:
@@ -283,7 +287,7 @@ def announce(dataset: Dataset, config: Config) -> None:
     say(
         f"{title(dataset, config)}; {len(dataset.train_labels):,} training images\n"
         f"{machine['hardware']}, {machine['threads']} threads, training in {config.precision}\n"
-        f"k %: {' '.join(f'{k:g}' for k in config.k)}"
+        f"k %: {' '.join(f'{k:.15g}' for k in config.k)}"
     )
     if 0 < config.k[-1] <= 1:
         say(f"warning: k is in %: did you mean {' '.join(f'{100 * k:g}' for k in config.k)}?")
@@ -296,11 +300,13 @@ def announce_fallback(dataset: Dataset) -> None:
 
 
 def check_outputs(config: Config) -> None:
-    """Raise an OSError before training for what could not be written after it."""
+    """Raise an OSError or ValueError before training for what would fail after it."""
+    if config.model is None:
+        prune.find_masks(NeuralNetwork(), "weight", 0, **pruning(config))  # --skip may name what is not there
     for folder in (config.models, config.plots):
         system.check_folder(folder)
     for path in result_files(config):
-        if not path.is_file():
+        if path.exists() and not path.is_file():
             raise FileExistsError(f"{path} is in the way: a folder or device, not a file")
     for path in (kept_path(config, method, k) for method, k in config.keep):
         if config.model and path.exists() and path.samefile(config.model):
@@ -310,14 +316,18 @@ def check_outputs(config: Config) -> None:
 def announce_older_results(config: Config) -> None:
     """Name files that were made from another network than the one that now lies beside them."""
     for path in result_files(config) if config.model is None else ():
-        if path.stat().st_mtime < model_path(config).stat().st_mtime:
-            say(f"{path} is of an earlier network")
+        with contextlib.suppress(FileNotFoundError):  # moved away, or removed by a run beside this one
+            if path.stat().st_mtime < model_path(config).stat().st_mtime:
+                say(f"{path} is of an earlier network")
 
 
 def result_files(config: Config) -> list[Path]:
-    """The files in the output folders whose names are those of a run's."""
-    plots = [path for name in ("accuracy_*", "cost_*") for path in config.plots.glob(output(config, name).name)]
-    return sorted([*config.models.glob(f"{stem(config)}_[muw]*"), *plots])
+    """What in the output folders is named as a run's files are."""
+    plots = [path for name in ("accuracy_*.*", "cost_*.*") for path in config.plots.glob(output(config, name).name)]
+    models = [
+        path for kind in ("model", "unit_*", "weight_*") for path in config.models.glob(f"{stem(config)}_{kind}.*")
+    ]
+    return sorted([*models, *plots])
 
 
 def stem(config: Config) -> str:
@@ -331,6 +341,7 @@ def model_path(config: Config, name: str = "model") -> Path:
 
 
 def kept_path(config: Config, method: str, k: float) -> Path:
+    """The file of a network that `--keep` asks for; with all digits of k, two of them have two names."""
     return model_path(config, f"{method}_{k:.15g}")
 
 
@@ -382,10 +393,19 @@ def model_facts(path: Path) -> dict[str, Any]:
         return {}
     with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
         facts = json.loads(about.read_bytes())
-        if facts["md5"] == md5(path.read_bytes()):
+        if facts["md5"] == md5(path.read_bytes()) and isinstance(facts["seed"], int):
             return facts
-    system.warn(f"warning: {about} does not describe {path}: one of them was damaged, or is of another run")
+    warnings.warn(f"{about} does not describe {path}: one of them was damaged, or is of another run", stacklevel=2)
     return {}
+
+
+def first_network(config: Config, device: torch.device) -> nn.Module:
+    """The network of the first row, as it lies on disk; ValueError if that is another one by now."""
+    path, expected = config.model or model_path(config), {"seed": config.seed, **describe(config)}
+    facts = expected if config.model else model_facts(path)
+    if any(facts.get(name) != value for name, value in expected.items()):
+        raise ValueError(f"{path} was replaced by another network: no costs and no pruned networks of it")
+    return load_model(path, device)
 
 
 def md5(data: bytes) -> str:
@@ -393,31 +413,41 @@ def md5(data: bytes) -> str:
     return hashlib.md5(data, usedforsecurity=False).hexdigest()
 
 
-def progress_path(config: Config, rank: int = 0) -> Path:
+def progress_path(config: Config, rank: int | str = 0) -> Path:
     """A file that is there while a run of several seeds is not whole; each rank has its own."""
     return output(config, f"accuracy_sparsity{rank or ''}.unfinished")
+
+
+def progress_files(config: Config) -> list[Path]:
+    """Those of all ranks."""
+    return sorted(config.plots.glob(progress_path(config, "*").name))
 
 
 def write_progress(rows: list[Row], config: Config, rank: int) -> None:
     """Keep the rows of the seeds that are done, and what they hold for."""
     if config.seeds > 1:
         content = json.dumps({**describe(config), "rows": [asdict(row) for row in rows]}).encode()
-        system.write_file(progress_path(config, rank), f"{md5(content)}\n".encode() + content)
+        try:
+            system.write_file(progress_path(config, rank), f"{md5(content)}\n".encode() + content)
+        except OSError as error:  # the rows are still in memory
+            system.warn(
+                f"warning: {system.one_line(error)}: stopped now, the run would not go on after seed {rows[-1].seed}"
+            )
 
 
-def read_progress(config: Config, rank: int) -> list[Row]:
-    """The rows that a run with the same settings and versions left when it was stopped."""
-    path = progress_path(config, rank)
-    if config.seeds == 1 or not path.is_file():
-        return []
-    digest, _, content = path.read_bytes().partition(b"\n")
-    left = json.loads(content) if digest == md5(content).encode() else {}  # what is damaged is not even parsed
-    rows = [Row(**row) for row in left.pop("rows", [])]
-    if left != describe(config):
-        say(f"{path} is damaged or of a run with other settings: starting with the first seed")
-        return []
-    rows = [row for row in rows if row.seed in range(config.seed, config.seed + config.seeds)]
-    say(f"{path}: a stopped run with these settings has done {len({row.seed for row in rows})} seeds")
+def read_progress(config: Config, seeds: range) -> list[Row]:
+    """The rows of these seeds that runs with the same settings and versions left when they were stopped."""
+    rows: list[Row] = []
+    for path in progress_files(config) if config.seeds > 1 else ():
+        digest, _, content = path.read_bytes().partition(b"\n")
+        left = json.loads(content) if digest == md5(content).encode() else {}  # what is damaged is not even parsed
+        found, done = [Row(**row) for row in left.pop("rows", [])], {row.seed for row in rows}
+        if left == describe(config):
+            rows += [row for row in found if row.seed in seeds and row.seed not in done]
+        else:
+            say(f"{path} is damaged or of a run with other settings, so its seeds are trained again")
+    if rows:
+        say(f"a stopped run with these settings has done {len({row.seed for row in rows})} of the {len(seeds)} seeds")
     return rows
 
 

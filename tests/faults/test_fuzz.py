@@ -4,7 +4,7 @@ import copy
 import inspect
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,16 +17,18 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import compress
+import costs
 import data
 import engine
 import model
 import prune
-import results
-import train
-from config import Config
-from engine import Adam, Engine
+import system
+import utils
+from config import Config, parse_config
+from costs import CostRow
+from engine import Adam, Engine, gradual_masks, random_masks
 from model import NeuralNetwork
-from results import CostRow, Row
+from utils import Row
 
 FUZZ = settings(deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 SEEDS = st.integers(0, 2**63)  # one draw an example: hypothesis takes longer to draw arguments than calls take
@@ -64,31 +66,24 @@ ROWS: list[Any] = [
     [Row(0, "unit", "layer", 0.0, 0.0, 10, float("nan"))],
 ]  # fmt: skip
 COSTS: list[Any] = [
-    [CostRow(method, k, 98.0, form, 10, batch, 1.0 + k, 0.1) for k in (0.0, 50.0) for batch in (1, 8)
+    [CostRow(method, k, 98.0, form, 10, 40, batch, 1.0 + k, 0.1) for k in (0.0, 50.0) for batch in (1, 8)
      for method, form in (("weight", "dense"), ("weight", "sparse"), ("unit", "shrunk"))],
-    [CostRow("weight", 0.0, 98.0, "dense", 10, 1, 1.0, 0.1)], [],
+    [CostRow("weight", 0.0, 98.0, "dense", 10, 40, 1, 1.0, 0.1)],
 ]  # fmt: skip
 # What main alone hands on is of the right type, if of any value: Python's AttributeError will do for the rest.
 TYPED = {
-    "rows",
-    "costs",
-    "curve",
-    "dense",
-    "title",
-    "column",
-    "figure",
-    "logits",
-    "targets",
-    "batches",
-    "batch",
-    "score",
-    "retrain",
-}
+    *("rows", "costs", "curve", "dense", "title", "column", "figure", "logits", "targets", "batches", "batch", "score"),
+    *("retrain", "published", "device", "steps", "seed", "data"),
+}  # fmt: skip
 ANYTHING = [*SCALARS, *OTHERS, *TENSORS, *MODELS, *MASKS]
 LIKELY: dict[str, list[Any]] = {  # by the name of the argument
     "model": MODELS, "weight": TENSORS, "masks": MASKS, "sparsity": [0.0, 0.3, 1.0], "method": list(prune.METHODS),
     "sparsities": [[0.0, 0.5], [1.0], []], "scope": ["layer", "global"], "skip": [None, (), ("fc1",), ("0",)],
     "score": [lambda model: 1.0, lambda model: None, 3], "dim": [0, 1, -1], "generator": [torch.Generator(), None],
+    "only": [None, ("0.weight",), ("fc1.*",)], "prune_output": [True, False], "limit": [None, 10**6],
+    "steps": [0, 4], "seed": [0, 1], "published": [(), utils.LENET_300_100], "data": [b"", b"data"],
+    "folder": [Path("folder")], "error": [ValueError("\x1b[31m")], "name": ["auto", "cpu", "bf16"],
+    "model_or_state_dict": [*MODELS, *(each.state_dict() for each in MODELS[:4])], "straight_through": [True, False],
     "retrain": [lambda model, masks: None, None, 3], "sizes": [(4, 3, 2), (1, 1), [2, 2, 2]], "batches": BATCHES,
     "state": [each.state_dict() for each in MODELS[:4]], "info": [{"a": 1}, {"a": [0.5, "b"]}],
     "images": [torch.rand(5, 784), torch.rand(2, 4)], "labels": [torch.arange(5), torch.arange(2)],
@@ -97,9 +92,9 @@ LIKELY: dict[str, list[Any]] = {  # by the name of the argument
     "precision": [torch.float32, torch.bfloat16, torch.int8], "label_smoothing": [0, 0.1], "unit_lasso": [0, 0.1],
     "rows": ROWS, "costs": COSTS, "title": ["title"],
     "column": ["accuracy_percent", "finetuned_percent"], "path": [Path("file")],
-    "curve": list(results.curves(POINTS).values()), "dense": [98.0], "figure": [Figure((1, 1))], "k": [None, 90.0],
+    "curve": list(utils.curves(POINTS).values()), "dense": [98.0], "figure": [Figure((1, 1))], "k": [None, 90.0],
     "dataset": ["digits", "cifar"], "inputs": [Path()],
-    "holdout": [True, False], "device": ["cpu"],
+    "holdout": [True, False], "device": [torch.device("cpu")],
 }  # fmt: skip
 
 
@@ -113,10 +108,11 @@ def train_epoch(
     label_smoothing: Any = 0.0,
     unit_lasso: Any = 0.0,
     masks: Any = None,
+    straight_through: Any = False,
 ) -> object:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if isinstance(model, nn.Module) else None
     options = {"label_smoothing": label_smoothing, "unit_lasso": unit_lasso, "masks": masks, "precision": precision}
-    return Engine(model, optimizer, **options).train_epoch(batches)
+    return Engine(model, optimizer, straight_through=straight_through, **options).train_epoch(batches)
 
 
 def evaluate(model: Any, batches: Any) -> object:
@@ -127,27 +123,52 @@ def loss(logits: Any, targets: Any) -> object:
     return Engine(NeuralNetwork((4, 3, 2))).loss(logits, targets)
 
 
-PLAIN = {  # made by the others, and checking nothing
-    prune.SweepPoint, compress.SparseLinear, compress.SparseLayers, data.Dataset, data.DataError, results.Row,
-    results.CostRow, results.Curve,
-}  # fmt: skip
-METHODS = {train_epoch: Engine.train_epoch, evaluate: Engine.evaluate, loss: Engine.loss}
+def masks_of_steps(model: Any, steps: Any, seed: Any) -> object:
+    return list(random_masks(model, steps, seed))
+
+
+def gradually(model: Any, method: Any, sparsity: Any, steps: Any, **choice: Any) -> object:
+    return list(gradual_masks(model, method, sparsity, steps, **choice))
+
+
+LEFT_OUT = {  # made by the others, and checking nothing; what is for axes of our own; what ends or silences a process
+    *(prune.SweepPoint, compress.SparseLinear, data.Dataset, data.DataError, utils.Row, utils.Curve, utils.Published),
+    *(CostRow, utils.new_figure, utils.add_title, utils.stretch_k_axis, utils.log_axis, utils.label_ends),
+    *(system.say, system.warn, system.stop_on_signals, system.exit_status, system.join_ranks, system.gather),
+}
+METHODS = {train_epoch: Engine.train_epoch, evaluate: Engine.evaluate, loss: Engine.loss,
+           masks_of_steps: prune.find_masks, gradually: prune.find_masks}  # fmt: skip
 
 
 def public(module: ModuleType) -> list[Callable[..., Any]]:
     """What a module defines for others."""
     found = [value for name, value in vars(module).items() if not name.startswith("_") and callable(value)]
-    return [value for value in found if getattr(value, "__module__", "") == module.__name__ and value not in PLAIN]
+    return [value for value in found if getattr(value, "__module__", "") == module.__name__ and value not in LEFT_OUT]
 
 
+def parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Those of a function; in the place of any options those of find_masks."""
+    own = list(inspect.signature(function).parameters.values())
+    if own[-1:] and own[-1].kind is inspect.Parameter.VAR_KEYWORD:
+        taken = {parameter.name for parameter in own}
+        own[-1:] = [
+            each for each in parameters(prune.find_masks) if each.name not in taken and each.default != each.empty
+        ]
+    return own
+
+
+MODULES = (prune, compress, data, model, utils, costs, system)
 FUNCTIONS: list[Callable[..., Any]] = [
-    *(function for module in (prune, compress, data, model, results) for function in public(module)),
-    NeuralNetwork.from_state_dict, *METHODS,
+    *(function for module in MODULES for function in public(module)), NeuralNetwork.from_state_dict, *METHODS,
 ]  # fmt: skip
-assert set(public(engine)) == {Adam, Engine}  # the first is torch's
-WEIGHTS = [0.1 if "plot" in function.__name__ else 1 for function in FUNCTIONS]  # those are slow
-PARAMETERS = {function: list(inspect.signature(function).parameters.values()) for function in FUNCTIONS}
-THEIRS = {compress.latency: {"RuntimeError"}}  # what torch says to a batch that does not fit the model
+assert set(public(engine)) == {Adam, Engine, random_masks, gradual_masks}  # the first is torch's
+SLOW = {"plot": 0.1, "measure": 0.1, "product": 0.1, "precision": 0.1, "machine": 0.1, "latency": 0.3}
+WEIGHTS = [next((rate for word, rate in SLOW.items() if word in each.__name__), 1) for each in FUNCTIONS]
+PARAMETERS = {function: parameters(function) for function in FUNCTIONS}
+THEIRS = {  # what torch says to a batch that does not fit the model, and files that are not there
+    **dict.fromkeys((compress.latency, costs.measure_costs), {"RuntimeError"}),
+    **dict.fromkeys((utils.read_csv, utils.write_csv, utils.save_figure), {"OSError"}),
+}
 DOCUMENTED = {
     function: {"TypeError", "ValueError"}
     | {*re.findall(r"\b[A-Z]\w*Error\b", METHODS.get(function, function).__doc__ or "")}
@@ -168,13 +189,18 @@ def arguments(function: Callable[..., Any], chance: random.Random, folder: Path)
         for parameter in PARAMETERS[function]
         if LIKELY[parameter.name] and (parameter.default is parameter.empty or chance.random() < 0.5)
     }
-    if isinstance(given.get("path"), str | Path):
-        given["path"] = folder / given["path"]
+    for name in ("path", "folder"):
+        if isinstance(given.get(name), str | Path):
+            given[name] = folder / given[name]
     if function in (evaluate, compress.latency) and "Lazy" in repr(given["model"]):  # whose first batch shapes it
         given["model"] = copy.deepcopy(MODELS[0])
-    if function in (results.break_even, results.plot_cost_sparsity):
-        typed = {"rows": argument("costs", chance), "batch_size": chance.choice((1, 3, 8))}
+    if function in (costs.is_busy, costs.break_even, costs.dense_latency, costs.plot_cost_sparsity):
+        typed = {"rows": argument("costs", chance), "batch_size": chance.choice((1, 8))}
         given |= {name: typed[name] for name in typed.keys() & given.keys()}
+    if function is costs.measure_costs:
+        given |= {"images": torch.rand(256, 784), "model": chance.choice((NeuralNetwork((784, 3, 2)), given["model"]))}
+    if function is train_epoch:
+        given |= {"masks": chance.choice((None, [None] * 4, [chance.choice(MASKS)] * 4))}
     if "batches" in given and chance.random() < 0.7:
         given["model"] = copy.deepcopy(MODELS[0])
     if function is compress.latency:
@@ -197,6 +223,14 @@ def frozen(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [frozen(item) for item in value]
     return repr(value)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_measurements() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(costs, "ROUNDS", 1)
+        patch.setattr(costs, "ROUND_SECONDS", 1e-4)
+        yield
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -236,9 +270,7 @@ VALUES = ["0", "-1", "x", "nan", "inf", "1e400", "101", "", " ", "3", "0.5", "mn
 @settings(FUZZ, max_examples=500)
 @given(st.lists(st.sampled_from(FLAGS) | st.sampled_from(VALUES) | st.text(max_size=5), max_size=6))
 def test_the_command_line_answers_anything_with_one_line(capsys, argv):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "run", lambda config: None)  # what is fuzzed is the reading of it
-        try:
-            assert train.main(argv) == 0
-        except SystemExit as ending:
-            assert ending.code == 2 and capsys.readouterr().err.count("\n") == 1
+    try:
+        parse_config(argv)
+    except SystemExit as ending:
+        assert ending.code == 2 and capsys.readouterr().err.count("\n") == 1

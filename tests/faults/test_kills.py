@@ -1,124 +1,180 @@
 """Kill a run at random moments; whatever is left must be whole, and the next run must end well.
 
-`python -m pytest tests/faults --kills 100 -s` takes a quarter of an hour and tells where the kills fell; the default
-suite kills a few.
+`python -m pytest tests/faults/test_kills.py --kills 100 -s` takes some minutes and tells where the kills fell; the
+default suite kills a few. Every folder holds the results of an earlier run with another seed, which are replaced.
 """
 
 import collections
+import functools
+import hashlib
 import itertools
 import json
+import os
 import random
+import shutil
+import subprocess
+import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
-import torch
-from runs import Run
+from conftest import ROOT
+from runs import Run, flags_for
 
-from compress import load_compressed
+import train
 
 SEEDS = 3
-FLAGS = ("--seeds", str(SEEDS), "--keep", "unit:50")
-CSV, MODEL, KEPT = "p/digits_accuracy_sparsity.csv", "m/digits_model.bin", "m/digits_unit_50.bin"
+FLAGS = (
+    "--seeds",
+    str(SEEDS),
+    "--keep",
+    "unit:50",
+    "--models",
+    "m",
+    "--plots",
+    "p",
+)  # relative: the same JSON anywhere
+MODEL, ABOUT = "m/digits_model.bin", "m/digits_model.json"
+WRITES = {  # temporary files bear the names of what they become, but for those of kept networks
+    **{name: f".{name}.*.tmp" for name in ("digits_model.bin", "digits_model.json", "digits_accuracy_sparsity.csv")},
+    **{name: f".{name}.*.tmp" for name in ("digits_accuracy_sparsity.png", "digits_accuracy_weights.png")},
+    "progress": ".digits_accuracy_sparsity.unfin*.tmp", "kept network": f".{'[0-9a-f]' * 16}.tmp",
+}  # fmt: skip
 
 
-def names(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+def start(folder: Path, *flags: str) -> Run:
+    return Run(folder, *FLAGS, *flags, faults=(functools.partial(os.chdir, folder),))
 
 
-def check_whole(folder: Path, expected: Path) -> None:
-    """Every file is a temporary one, or bears its final name and is whole: the numbers are the undisturbed run's."""
-    for name in names(folder):
-        path = folder / name
-        if path.suffix == ".png":
-            assert path.read_bytes()[-12:-4] == b"\0\0\0\0IEND"
-        elif name == KEPT:
-            assert load_compressed(path)[0].sizes == (784, 500, 500, 250, 100, 10)
-        elif name == MODEL:
-            state, undisturbed = (torch.load(where / MODEL, weights_only=True) for where in (folder, expected))
-            assert all(torch.equal(state[name], undisturbed[name]) for name in undisturbed)
-        elif path.suffix == ".json":
-            json.loads(path.read_text())
-        elif path.suffix != ".tmp":
-            assert name == CSV and path.read_bytes() == (expected / CSV).read_bytes()
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file by its name, but temporary ones."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".tmp"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def finished_seeds(left: dict[str, bytes]) -> int:
+    """Seeds in the progress file, which must be whole."""
+    digest, _, content = left.get("p/digits_accuracy_sparsity.unfinished", b"").partition(b"\n")
+    assert not digest or digest == hashlib.md5(content).hexdigest().encode()
+    return len({row["seed"] for row in json.loads(content)["rows"]}) if digest else 0
+
+
+def check_whole(folder: Path, old: dict[str, bytes], new: dict[str, bytes]) -> int:
+    """Every file is as the earlier run or as this one wrote it, and a pair that disagrees is noticed.
+
+    Returns:
+        Finished seeds.
+    """
+    left = contents(folder)
+    finished = finished_seeds(left)
+    left.pop("p/digits_accuracy_sparsity.unfinished", None)
+    for name, content in left.items():
+        assert content in (old[name], new[name]), name
+    assert left.keys() == new.keys()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        facts = train.model_facts(folder / MODEL)
+    agree = (left[MODEL] == new[MODEL]) == (left[ABOUT] == new[ABOUT])
+    assert (len(told), bool(facts)) == (0 if agree else 1, agree)
+    return finished
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """What a whole run writes, and the seconds that it takes."""
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    run = Run(folder, *FLAGS)
+def versions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes], dict[str, bytes], float]:
+    """A folder as an earlier run left it; its files; those of the run that is killed; how many seconds that takes."""
+    folder = tmp_path_factory.mktemp("versions") / "run"
+    folder.mkdir()
+    earlier = start(folder, "--seed", "7")
+    assert earlier.end() == 0, earlier.errors
+    later = folder.with_name("later")
+    shutil.copytree(folder, later)
+    run = start(later)
     assert run.prints("k %")  # before that it may have to wait for imports
     started = time.perf_counter()
     assert run.end() == 0, run.errors
-    return folder, time.perf_counter() - started
+    old, new = contents(folder), contents(later)
+    assert old.keys() == new.keys() and all(old[name] != new[name] for name in old if not name.endswith(".png"))
+    return folder, old, new, time.perf_counter() - started
+
+
+def is_writing(name: str, run: Run, folder: Path) -> bool:
+    if name == "kept network" and "dense:" not in run.output:  # the folders are tried with files named alike
+        return False
+    return any(folder.rglob(WRITES[name]))
 
 
 def kill(run: Run, folder: Path) -> str:
     """Kill a run; returns what it was doing."""
     run.process.kill()
     run.end()
-    saved = [path.name.lstrip(".").split(".")[0] for path in folder.rglob("*.tmp")]
-    if saved:
-        return f"saving {saved[0]}"
     if run.process.exitcode == 0:
         return "nothing any more"
     if "k %" not in run.output:
         return "starting"
-    return "reporting" if "flat up to" in run.output else "training and sweeping"
+    if saved := [name for name, pattern in WRITES.items() if any(folder.rglob(pattern))]:
+        return f"saving {saved[0]}"
+    return "reporting" if "dense:" in run.output else "training and sweeping"
 
 
-def finished_seeds(folder: Path) -> int:
-    return len(list(folder.rglob("*seed?.json")))
-
-
-def check_next(run: Run, folder: Path, expected: Path, finished: int) -> None:
-    """The run after a kill ends well, does no finished seed again, and leaves nothing but the results."""
+def check_next(run: Run, folder: Path, new: dict[str, bytes], finished: int) -> None:
+    """The run after a kill ends well, does no finished seed again, and its results are those of a whole run."""
     assert run.end() == 0, run.errors
-    check_whole(folder, expected)
-    assert names(folder) == names(expected)
-    assert run.output.count("is taken from") == finished
+    assert contents(folder) == new
     assert run.output.count("Epoch:1/1") == SEEDS - finished
 
 
-def test_a_killed_run_leaves_whole_files_and_the_next_one_ends_well(undisturbed, tmp_path, request):
-    """Every second kill falls into a save, which takes a small part of the time only."""
-    expected, duration = undisturbed
+def kill_before_the_imports(folder: Path, seconds: float) -> None:
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "src/train.py"), *flags_for(folder, *FLAGS)], cwd=folder, stdout=subprocess.DEVNULL
+    ) as process:
+        time.sleep(seconds)
+        process.kill()
+
+
+def test_a_killed_run_leaves_whole_files_and_the_next_one_ends_well(versions, tmp_path, request):
+    """Every second kill falls into a write, which takes a small part of the time only."""
+    before, old, new, duration = versions
     fell: collections.Counter[str] = collections.Counter()
     resumed, moment = 0, random.Random(0)
     kills = request.config.getoption("--kills")
     for number in itertools.takewhile(lambda _: fell.total() < kills, itertools.count()):
         folder = tmp_path / str(number)
-        run = Run(folder, *FLAGS)
+        shutil.copytree(before, folder)
+        if number % 20 == 19:
+            kill_before_the_imports(folder, moment.uniform(0, 2))
+            assert contents(folder) == old
+            fell["importing"] += 1
+            continue
+        run = start(folder)
         if number % 2:
             time.sleep(moment.uniform(0, duration))
         else:
-            kind = moment.choice(["*.bin", "*.json", "*.csv", "*.png"])
-            run.wait_for(lambda folder=folder, kind=kind: any(folder.rglob(f".{kind}.*.tmp")))
-            time.sleep(moment.uniform(0, 0.004))
+            run.wait_for(functools.partial(is_writing, moment.choice([*WRITES]), run, folder))
+            time.sleep(moment.uniform(0, 0.002))
         if (doing := kill(run, folder)) != "nothing any more":
             fell[doing] += 1
-        check_whole(folder, expected)
-        finished = finished_seeds(folder)
-        check_next(Run(folder, *FLAGS), folder, expected, finished)
+        finished = check_whole(folder, old, new)
+        check_next(start(folder), folder, new, finished)
         resumed += finished
+        shutil.rmtree(folder)
     print(f"\nkilled while {dict(fell.most_common())}; {resumed} seeds were not trained again")
 
 
-def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(undisturbed, tmp_path, request):
-    expected, duration = undisturbed
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(versions, tmp_path, request):
+    before, old, new, duration = versions
     folder, moment = tmp_path / "run", random.Random(0)
+    shutil.copytree(before, folder)
     finished = [0]
-    for number in range(max(2, request.config.getoption("--kills") // 20)):
-        run = Run(folder, *FLAGS)
+    for number in range(max(2, request.config.getoption("--kills") // 10)):
+        run = start(folder)
         if number == 0:
-            assert run.prints("seed 1,")  # so that one is finished
-        left = SEEDS - finished[-1] if number else 1
-        time.sleep(moment.uniform(0, duration * left / SEEDS))
+            assert run.wait_for(lambda: any(folder.rglob("*.unfinished")))  # so that one is finished
+        else:
+            time.sleep(moment.uniform(0, duration * (SEEDS - finished[-1] + 1) / SEEDS))
         fell = kill(run, folder)
-        check_whole(folder, expected)
         print(f"killed while {fell}, {finished[-1]} seeds were not trained again")
         assert run.output.count("Epoch:1/1") <= SEEDS - finished[-1]
-        finished.append(finished_seeds(folder))
+        finished.append(check_whole(folder, old, new))
     assert finished[1] > 0
-    check_next(Run(folder, *FLAGS), folder, expected, finished[-1])
+    check_next(start(folder), folder, new, finished[-1])
