@@ -134,7 +134,7 @@ def gradually(model: Any, method: Any, sparsity: Any, steps: Any, **choice: Any)
 LEFT_OUT = {  # made by the others, and checking nothing; what is for axes of our own; what ends or silences a process
     *(prune.SweepPoint, compress.SparseLinear, data.Dataset, data.DataError, utils.Row, utils.Curve, utils.Published),
     *(CostRow, utils.new_figure, utils.add_title, utils.stretch_k_axis, utils.log_axis, utils.label_ends),
-    *(system.say, system.warn, system.stop_on_signals, system.exit_status, system.join_ranks, system.gather),
+    *(system.say, system.warn, system.stop_on_signals, system.exit_status, system.join_ranks, system.gather), system.product_time,
 }
 METHODS = {train_epoch: Engine.train_epoch, evaluate: Engine.evaluate, loss: Engine.loss,
            masks_of_steps: prune.find_masks, gradually: prune.find_masks}  # fmt: skip
@@ -162,11 +162,11 @@ FUNCTIONS: list[Callable[..., Any]] = [
     *(function for module in MODULES for function in public(module)), NeuralNetwork.from_state_dict, *METHODS,
 ]  # fmt: skip
 assert set(public(engine)) == {Adam, Engine, random_masks, gradual_masks}  # the first is torch's
-SLOW = {"plot": 0.1, "measure": 0.1, "product": 0.1, "precision": 0.1, "machine": 0.1, "latency": 0.3}
+SLOW = {"plot": 0.1, "measure": 0.1, "precision": 0.1, "machine": 0.1, "latency": 0.3}
 WEIGHTS = [next((rate for word, rate in SLOW.items() if word in each.__name__), 1) for each in FUNCTIONS]
 PARAMETERS = {function: parameters(function) for function in FUNCTIONS}
-THEIRS = {  # what torch says to a batch that does not fit the model, and files that are not there
-    **dict.fromkeys((compress.latency, costs.measure_costs), {"RuntimeError"}),
+THEIRS: dict[Any, set[str]] = {  # what torch says to a batch that does not fit the model, and files that are not there
+    **dict.fromkeys((compress.latency, costs.measure_costs, prune.recalibrate, utils.l2), {"RuntimeError", "IndexError"}),
     **dict.fromkeys((utils.read_csv, utils.write_csv, utils.save_figure), {"OSError"}),
 }
 DOCUMENTED = {
