@@ -165,10 +165,10 @@ def sweep(model: nn.Module, method: str, dataset: Dataset, config: Config, seed:
         )  # fmt: skip
         small, accuracy = point.score
         tuned, finetuned = point.retrained_score or (small, None)
-        kept = weights_kept(small)
+        kept = weights_kept(tuned)
         rows.append(Row(origin, method, config.scope, k, 100 * point.achieved, kept, accuracy, finetuned))
         if (method, k) in config.keep and seed == config.seed:
-            info = {"method": method, "k_percent": k, "weights_kept": weights_kept(tuned)}
+            info = {"method": method, "k_percent": k, "weights_kept": kept}
             info["accuracy_percent"] = accuracy if finetuned is None else finetuned
             path = kept_path(config, method, k)
             compress.save_compressed(tuned, path, {**info, **describe(config)})
