@@ -139,7 +139,8 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     given = vars(parser.parse_args(argv))
     given = {name: tuple(dict.fromkeys(value)) if isinstance(value, list) else value for name, value in given.items()}
     # The dense network is always measured: it is what the others are compared with.
-    config = Config(**{**given, "k": tuple(sorted({0.0, *given.get("k", K_PERCENT)}))})
+    ks = {0.0, *given.get("k", K_PERCENT), *(k for _, k in given.get("keep", ()))}
+    config = Config(**{**given, "k": tuple(sorted(ks))})
     for name in without_effect(config)[1:]:
         if config.model is not None and name in given:
             parser.error(f"--{name.replace('_', '-')} has no effect with --model, which takes the place of training")

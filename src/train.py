@@ -40,11 +40,14 @@ from utils import Row
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Settings that a figure's title tells of where they are not the default.
-RECIPE = (
-    *("holdout", "learning_rate", "weight_decay", "label_smoothing", "unit_lasso", "every_k"),
-    *("finetune_epochs", "finetune_learning_rate", "scope", "skip", "prune_output"),
-)
+BATCH_SIZE = {"mnist": 512, "digits": 64}  # images a training step
+# How a figure's title tells of settings that are not the default.
+RECIPE = {
+    "learning_rate": "learning rate {:g}", "weight_decay": "weight decay {:g}", "batch_size": "batch {}",
+    "label_smoothing": "label smoothing {:g}", "unit_lasso": "group lasso {:g}", "every_k": "trained for every k",
+    "finetune_epochs": "{} epochs of fine-tuning", "finetune_learning_rate": "at {:g}", "scope": "{} scope",
+    "skip": "{} spared", "prune_output": "output layer pruned, too",
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,16 +106,9 @@ def train(model: nn.Module, dataset: Dataset, config: Config, seed: int) -> None
 
 
 def finetune(
-    pruned: nn.Module,
-    masks: Masks,
-    *,
-    dense: nn.Module,
-    method: str,
-    k: float,
-    dataset: Dataset,
-    config: Config,
-    seed: int,
-) -> None:
+    pruned: nn.Module, masks: Masks, *,
+    dense: nn.Module, method: str, k: float, dataset: Dataset, config: Config, seed: int,
+) -> None:  # fmt: skip
     """Retrain a pruned network in place: from the dense one, pruned gradually, so that weights may come back.
 
     The learning rate grows with k: the more is pruned, the more there is to mend.
@@ -156,11 +152,11 @@ def evaluate(model: nn.Module, dataset: Dataset) -> float:
 
 
 def sweep(model: nn.Module, method: str, dataset: Dataset, config: Config, seed: int) -> list[Row]:
-    """Prune copies of a network at every k, measure them, and retrain them if that was asked for."""
+    """Prune copies of a network at every k and measure them; retrain them and keep some, if that was asked for."""
 
-    def score(pruned: nn.Module) -> tuple[int, float]:
+    def score(pruned: nn.Module) -> tuple[nn.Module, float]:
         small = compress.shrink(pruned)  # the same logits, sooner
-        return weights_kept(small), 100 * evaluate(compress.to_sparse(small), dataset)
+        return small, 100 * evaluate(compress.to_sparse(small), dataset)
 
     origin = seed if config.model is None else model_facts(config.model).get("seed")
     rows = []
@@ -170,8 +166,16 @@ def sweep(model: nn.Module, method: str, dataset: Dataset, config: Config, seed:
             model, method, [k / 100], score, **pruning(config),
             generator=torch.Generator().manual_seed(seed), retrain=retrain if config.finetune_epochs else None,
         )  # fmt: skip
-        (kept, accuracy), (_, finetuned) = point.score, point.retrained_score or (None, None)
+        small, accuracy = point.score
+        tuned, finetuned = point.retrained_score or (small, None)
+        kept = weights_kept(tuned)
         rows.append(Row(origin, method, config.scope, k, 100 * point.achieved, kept, accuracy, finetuned))
+        if (method, k) in config.keep and seed == config.seed:
+            info = {"method": method, "k_percent": k, "weights_kept": kept}
+            info["accuracy_percent"] = accuracy if finetuned is None else finetuned
+            path = kept_path(config, method, k)
+            compress.save_compressed(tuned, path, {**info, **describe(config)})
+            say(f"wrote {path}")
     return rows
 
 
@@ -186,8 +190,8 @@ def pruning(config: Config) -> dict[str, Any]:
 
 
 def progress_bar(batches: Batches, text: str) -> Any:
-    """The batches of an epoch, with a bar if stderr is a terminal."""
-    return tqdm(batches, text, leave=False, disable=None)
+    """The batches of an epoch, with a bar if stderr is a terminal; tqdm takes one that was closed for one."""
+    return tqdm(batches, text, leave=False, disable=None if sys.stderr else True)
 
 
 # ── results ──
@@ -199,15 +203,15 @@ def report(rows: list[Row], dataset: Dataset, config: Config) -> int:
     say(f"{utils.format_table(rows)}\n{utils.format_facts(rows)}")
     write_rows(rows, output(config, "accuracy_sparsity.csv"))
     text = title(dataset, config)
+    published = utils.LENET_300_100 if config.finetune_epochs and dataset.name == "mnist" else ()  # retrained as well
     drawn = [
         draw(output(config, "accuracy_sparsity"), config, lambda: utils.plot_accuracy_sparsity(rows, text)),
-        draw(output(config, "accuracy_weights"), config, lambda: utils.plot_accuracy_weights(rows, text)),
+        draw(output(config, "accuracy_weights"), config, lambda: utils.plot_accuracy_weights(rows, text, published)),
     ]
-    if config.keep or config.costs:
-        model = first_network(config, dataset.test_images.device)
-        for method, k in config.keep:
-            keep_network(model, method, k, dataset, config)
     if config.costs:
+        if config.model is None and not is_first_network(config):
+            raise ValueError(f"{model_path(config)} was replaced during the run by another network: no costs of it")
+        model = load_model(config.model or model_path(config), dataset.test_images.device)
         plain = [row for row in rows if row.seed == rows[0].seed and row.method in ("weight", "unit")]
         costs = measure_costs(model, plain, dataset.test_images, **pruning(config))
         say(format_costs(costs))
@@ -247,29 +251,15 @@ def draw(path: Path, config: Config, plot: Callable[[], "Figure"]) -> bool:
         return False
 
 
-def keep_network(model: nn.Module, method: str, k: float, dataset: Dataset, config: Config) -> None:
-    """Save a pruned network, fine-tuned if that was asked for, shrunk and compressed."""
-    pruned = prune.prune_model(model, method, k / 100, **pruning(config))
-    if config.finetune_epochs:
-        masks = prune.find_masks(model, method, k / 100, **pruning(config))
-        finetune(pruned, masks, dense=model, method=method, k=k, dataset=dataset, config=config, seed=config.seed)
-    small = compress.shrink(pruned)
-    info = {"method": method, "k_percent": k, "accuracy_percent": 100 * evaluate(small, dataset)}
-    info |= {"weights_kept": weights_kept(small), **describe(config)}
-    compress.save_compressed(small, kept_path(config, method, k), info)
-    say(f"wrote {kept_path(config, method, k)}")
-
-
 def title(dataset: Dataset, config: Config) -> str:
     """What was run, for the figures: data, network and seeds; in a second line what is not as by default."""
     images = f"{len(dataset.test_labels):,} {'held-out' if config.holdout else 'test'} images"
     seeds = f"seed {config.seed}" if config.seeds == 1 else f"{config.seeds} seeds"
     origin = f"{config.epochs} epochs, {seeds}" if config.model is None else f"network of {config.model.name}"
     text = f"{dataset.name.replace('mnist', 'MNIST')}, {images}; {'-'.join(map(str, SIZES))}, {origin}"
-    changed = [name for name in RECIPE if getattr(config, name) != getattr(Config(), name)]
-    recipe = [
-        f"{name.replace('_', ' ')} {getattr(config, name)}" for name in changed if name not in without_effect(config)
-    ]
+    defaults = replace(Config(), batch_size=BATCH_SIZE[dataset.name])
+    changed = {name: getattr(config, name) for name in RECIPE if name not in without_effect(config)}
+    recipe = [RECIPE[name].format(value) for name, value in changed.items() if value != getattr(defaults, name)]
     return "\n".join(filter(None, (text, ", ".join(recipe))))
 
 
@@ -279,7 +269,7 @@ def title(dataset: Dataset, config: Config) -> str:
 def decided(config: Config, dataset: Dataset, device: torch.device) -> Config:
     """The settings with "auto" replaced by what it came to."""
     precision = str(system.pick_precision(config.precision, device)).removeprefix("torch.")
-    batch_size = config.batch_size or {"mnist": 512, "digits": 64}[dataset.name]
+    batch_size = config.batch_size or BATCH_SIZE[dataset.name]
     return replace(config, dataset=dataset.name, device=device.type, precision=precision, batch_size=batch_size)
 
 
@@ -311,9 +301,9 @@ def check_outputs(config: Config) -> None:
     for path in result_files(config):
         if path.exists() and not path.is_file():
             raise FileExistsError(f"{path} is in the way: a folder or device, not a file")
-    for path in (kept_path(config, method, k) for method, k in config.keep):
-        if config.model and path.exists() and path.samefile(config.model):
-            raise FileExistsError(f"{path} would be overwritten, but --model is read from it: choose another --models")
+    kept = [kept_path(config, method, k).resolve() for method, k in config.keep]
+    if config.model is not None and config.model.resolve() in kept:
+        raise FileExistsError(f"--keep would overwrite {config.model}, which --model reads: choose another --models")
 
 
 def announce_older_results(config: Config) -> None:
@@ -338,14 +328,14 @@ def stem(config: Config) -> str:
     return config.dataset + ("_holdout" if config.holdout else "")
 
 
-def model_path(config: Config, name: str = "model") -> Path:
-    """The file of the first network, or of a pruned one."""
-    return config.models / f"{stem(config)}_{name}.bin"
+def model_path(config: Config) -> Path:
+    """The file of the first network."""
+    return config.models / f"{stem(config)}_model.bin"
 
 
 def kept_path(config: Config, method: str, k: float) -> Path:
-    """The file of a network that `--keep` asks for; with all digits of k, two of them have two names."""
-    return model_path(config, f"{method}_{k:.15g}")
+    """The file of a pruned network."""
+    return config.models / f"{stem(config)}_{method}_{k:.15g}.bin"
 
 
 def output(config: Config, name: str) -> Path:
@@ -402,13 +392,10 @@ def model_facts(path: Path) -> dict[str, Any]:
     return {}
 
 
-def first_network(config: Config, device: torch.device) -> nn.Module:
-    """The network of the first row, as it lies on disk; ValueError if that is another one by now."""
-    path, expected = config.model or model_path(config), {"seed": config.seed, **describe(config)}
-    facts = expected if config.model else model_facts(path)
-    if any(facts.get(name) != value for name, value in expected.items()):
-        raise ValueError(f"{path} was replaced by another network: no costs and no pruned networks of it")
-    return load_model(path, device)
+def is_first_network(config: Config) -> bool:
+    """Whether the model file is that of the first seed, with these settings."""
+    facts = model_facts(model_path(config)) if model_path(config).is_file() else {}
+    return all(facts.get(name) == value for name, value in {"seed": config.seed, **describe(config)}.items())
 
 
 def md5(data: bytes) -> str:
@@ -441,12 +428,16 @@ def write_progress(rows: list[Row], config: Config, rank: int) -> None:
 def read_progress(config: Config, seeds: range) -> list[Row]:
     """The rows of these seeds that runs with the same settings and versions left when they were stopped."""
     rows: list[Row] = []
-    for path in progress_files(config) if config.seeds > 1 else ():
+    if config.seeds == 1:
+        return rows
+    stands = not (config.keep or config.costs) or is_first_network(config)  # these are of the first network
+    wanted = [seed for seed in seeds if stands or seed != config.seed]
+    for path in progress_files(config):
         digest, _, content = path.read_bytes().partition(b"\n")
         left = json.loads(content) if digest == md5(content).encode() else {}  # what is damaged is not even parsed
         found, done = [Row(**row) for row in left.pop("rows", [])], {row.seed for row in rows}
         if left == describe(config):
-            rows += [row for row in found if row.seed in seeds and row.seed not in done]
+            rows += [row for row in found if row.seed in wanted and row.seed not in done]
         else:
             say(f"{path} is damaged or of a run with other settings, so its seeds are trained again")
     if rows:

@@ -105,4 +105,8 @@ def _run(flags: list[str], log: Path, faults: tuple[Callable[[], object], ...]) 
     for fault in faults:
         fault()
     sys.argv = ["train.py", *flags]
-    runpy.run_path(str(ROOT / "src" / "train.py"), run_name="__main__")
+    try:
+        runpy.run_path(str(ROOT / "src" / "train.py"), run_name="__main__")
+    except SystemExit:
+        sys.stdout = sys.stderr = None  # multiprocessing would end with another status if it could not flush them
+        raise

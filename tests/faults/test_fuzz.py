@@ -73,7 +73,7 @@ COSTS: list[Any] = [
 # What main alone hands on is of the right type, if of any value: Python's AttributeError will do for the rest.
 TYPED = {
     *("rows", "costs", "curve", "dense", "title", "column", "figure", "logits", "targets", "batches", "batch", "score"),
-    *("retrain", "published", "device", "steps", "seed", "data"),
+    *("retrain", "published", "device", "steps", "seed", "data", "prune_output"),
 }  # fmt: skip
 ANYTHING = [*SCALARS, *OTHERS, *TENSORS, *MODELS, *MASKS]
 LIKELY: dict[str, list[Any]] = {  # by the name of the argument
@@ -134,7 +134,8 @@ def gradually(model: Any, method: Any, sparsity: Any, steps: Any, **choice: Any)
 LEFT_OUT = {  # made by the others, and checking nothing; what is for axes of our own; what ends or silences a process
     *(prune.SweepPoint, compress.SparseLinear, data.Dataset, data.DataError, utils.Row, utils.Curve, utils.Published),
     *(CostRow, utils.new_figure, utils.add_title, utils.stretch_k_axis, utils.log_axis, utils.label_ends),
-    *(system.say, system.warn, system.stop_on_signals, system.exit_status, system.join_ranks, system.gather), system.product_time,
+    *(system.say, system.warn, system.stop_on_signals, system.exit_status, system.join_ranks, system.gather),
+    system.product_time,
 }
 METHODS = {train_epoch: Engine.train_epoch, evaluate: Engine.evaluate, loss: Engine.loss,
            masks_of_steps: prune.find_masks, gradually: prune.find_masks}  # fmt: skip
@@ -165,9 +166,12 @@ assert set(public(engine)) == {Adam, Engine, random_masks, gradual_masks}  # the
 SLOW = {"plot": 0.1, "measure": 0.1, "precision": 0.1, "machine": 0.1, "latency": 0.3}
 WEIGHTS = [next((rate for word, rate in SLOW.items() if word in each.__name__), 1) for each in FUNCTIONS]
 PARAMETERS = {function: parameters(function) for function in FUNCTIONS}
-THEIRS: dict[Any, set[str]] = {  # what torch says to a batch that does not fit the model, and files that are not there
-    **dict.fromkeys((compress.latency, costs.measure_costs, prune.recalibrate, utils.l2), {"RuntimeError", "IndexError"}),
-    **dict.fromkeys((utils.read_csv, utils.write_csv, utils.save_figure), {"OSError"}),
+TORCHS = (compress.latency, costs.measure_costs, prune.recalibrate, utils.l2)
+SMALL = (utils.l2, utils.read_csv, utils.write_csv, utils.save_figure, compress.to_sparse, prune.recalibrate)
+THEIRS = {  # what torch says to a batch that does not fit the model, the system of files that are not there, …
+    **{function: {"RuntimeError", "IndexError", "AttributeError"} for function in TORCHS},
+    **{function: {"RuntimeError", "IndexError", "AttributeError", "OSError"} for function in SMALL},
+    train_epoch: {"KeyError"},  # masks of another model
 }
 DOCUMENTED = {
     function: {"TypeError", "ValueError"}
@@ -199,6 +203,8 @@ def arguments(function: Callable[..., Any], chance: random.Random, folder: Path)
         given |= {name: typed[name] for name in typed.keys() & given.keys()}
     if function is costs.measure_costs:
         given |= {"images": torch.rand(256, 784), "model": chance.choice((NeuralNetwork((784, 3, 2)), given["model"]))}
+    if function is prune.recalibrate and isinstance(given["model"], nn.Identity):  # which has no device
+        given["model"] = nn.Linear(4, 4)
     if function is train_epoch:
         given |= {"masks": chance.choice((None, [None] * 4, [chance.choice(MASKS)] * 4))}
     if "batches" in given and chance.random() < 0.7:
