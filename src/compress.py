@@ -12,7 +12,8 @@ import secrets
 import warnings
 import zipfile
 import zlib
-from itertools import pairwise
+from functools import partial, reduce
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ ELEMENTWISE = (  # in eval mode; of nn.Sequential, empty ones
 )
 SPARSE_DENSITY = 1 / 3  # measured on batches of 32 and more: sparse wins below 0.3 to 0.45, with AVX2 and with AVX-512
 SUM_BATCH = 16  # from this batch size on, summing rows beats MKL's CSR product
-WIDTH = 256  # images at a time: 256 values of each of 1,000 features, 1 MB, stay in the cache of a core
+PARTS, WIDTH = 4, 64  # 64 values of each of 1,000 features, 256 kB, stay in the cache of a core
 
 with warnings.catch_warnings(action="ignore"):  # torch calls CSR tensors a beta feature, once a process
     torch.sparse_csr_tensor([0, 0], [], [], (1, 1), dtype=torch.float32, device="cpu")
@@ -59,7 +60,7 @@ def shrink(model: nn.Module) -> nn.Module:
         >>> shrink(model)[0]
         Linear(in_features=784, out_features=25, bias=True)
     """
-    _links(model)
+    _links(model)  # what cannot be copied is refused as well
     smaller = copy.deepcopy(model)
     links = _links(smaller)
     with torch.no_grad():
@@ -78,17 +79,16 @@ def _links(model: nn.Module) -> list[tuple[list[Any], Any]]:
     names = {id(module): f"{name} is a {type(module).__name__}" for name, module in model.named_modules()}
     places = [place for place, module in enumerate(chain) if isinstance(module, nn.Linear)] or [len(chain)]
     for place, module in enumerate(chain[: places[-1] + 1]):
-        known = _is_plain(module) or type(module) in (nn.Flatten, nn.BatchNorm1d, *ELEMENTWISE)
-        if not known and (place >= places[0] or any(True for _ in module.parameters())):
+        known = (nn.Linear, nn.Flatten, nn.BatchNorm1d, *ELEMENTWISE)
+        if not _is_plain(module, *known) and (place >= places[0] or any(True for _ in module.parameters())):
             remedy = "make its weights permanent (torch.nn.utils.prune.remove)" if place in places else cure
             raise ValueError(f"{names.get(id(module), type(module).__name__)}, which cannot be cut: {remedy}")
     links = [(chain[place:after], chain[after]) for place, after in pairwise(places)]
     for (layer, *between), following in links:
-        norms = [module.num_features for module in between if isinstance(module, nn.BatchNorm1d)]
-        if {following.in_features, *norms} != {layer.out_features}:
-            raise ValueError(
-                f"{names[id(following)]} of {following.in_features} inputs, after {layer.out_features} units"
-            )
+        for module in (*between, following):
+            takes = getattr(module, "num_features", getattr(module, "in_features", layer.out_features))
+            if takes != layer.out_features:
+                raise ValueError(f"{names[id(module)]} that takes {takes}, not {layer.out_features} units")
     parameters = [parameter for module in chain for parameter in module.parameters()]
     if len(set(parameters)) < len(parameters):
         raise ValueError("layers share parameters: no unit of one can go without that of the other")
@@ -145,25 +145,26 @@ def _chain(model: nn.Module) -> list[Any] | None:
     return [leaf for module in modules for leaf in (_chain(module) or [module])]
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether a module is a Linear layer and nothing more: no subclass, no computed weights, no hooks."""
-    hooks = layer._forward_hooks or layer._forward_pre_hooks
-    return type(layer) is nn.Linear and not hooks and layer._parameters.keys() >= {"weight", "bias"}
+def _is_plain(module: nn.Module, *classes: type) -> bool:
+    """Whether a module is of one of these classes and nothing more: no subclass, hooks or computed weights."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return type(module) in classes and not hooks and vars(module).keys().isdisjoint({"weight", "bias"})
 
 
 def to_sparse(model: nn.Module) -> nn.Module:
     """A copy for inference that skips the zeros of every nn.Linear of which two thirds or more are zero.
 
-    Subclasses of nn.Linear, those with parametrizations or hooks, and what nn.MultiheadAttention reads by itself stay
-    dense. This is made for pruned weights (after unit pruning, `shrink` alone is faster) and for batches of 32 to 256
-    (a single image gains only where nine weights in ten are zero). On CUDA it is untested.
+    It is made for pruned weights (after unit pruning, `shrink` alone is faster) and batches of 32 and more (a single
+    image gains only where nine weights in ten are zero), and is fastest in chains as `shrink` takes them. A non-zero
+    fp32 weight takes 32 bytes. On CUDA it is untested. Save `model`, and make it sparse after loading.
 
     Args:
-        model: any model; it is not changed.
+        model: any model; it is not changed. Subclasses of nn.Linear and layers with hooks or parametrizations stay
+            dense, as do the projections that nn.MultiheadAttention reads by itself.
 
     Returns:
-        A model of the same class in eval mode, without gradients, with the output of `model` in eval mode for finite
-        inputs, to rounding. To keep it in a file, save `model`, and make it sparse after loading.
+        A model of the same class in eval mode, without gradients, with the outputs of `model` in eval mode for finite
+        inputs, to rounding.
 
     Raises:
         ValueError: weights that torch.nn.utils.prune still computes.
@@ -175,71 +176,105 @@ def to_sparse(model: nn.Module) -> nn.Module:
         SparseLinear(in_features=784, out_features=100, bias=True)
     """
     copies: dict[int, Any] = {}  # by the id of the original, as deepcopy keeps them: it takes ours for its own
-    for layer in filter(_is_plain, model.modules()):
-        weight = layer.get_parameter("weight")
+    for layer in model.modules():
+        weight = layer.get_parameter("weight") if _is_plain(layer, nn.Linear) else torch.empty(0, device="cpu")
         if weight.is_floating_point() and weight.count_nonzero() <= SPARSE_DENSITY * weight.numel() > 0:
             copies[id(layer)] = SparseLinear(layer)
     try:
-        model = copy.deepcopy(model, copies)
+        model = copy.deepcopy(model, copies).requires_grad_(False).eval()
     except RuntimeError as error:  # torch copies no tensors that are computed from others
         raise ValueError("make computed weights permanent first (torch.nn.utils.prune.remove)") from error
-    for module in model.modules():  # torch's fused encoders would read the weights, dense
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0
+    for module in model.modules():
+        chain = [leaf.eval() for leaf in _chain(module) or []]
+        if any(isinstance(leaf, SparseLinear) for leaf in chain):
+            vars(module)["forward"] = partial(_forward_chain, chain)
+        elif isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # torch's fused encoder would read the weights, dense
         elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
-    return model.requires_grad_(False).eval()
+    return model
+
+
+# Up to 256 images are cut into parts of up to 64, each is turned, and they lie one below the other. The weights W are
+# repeated for every part, as the blocks of a block-diagonal matrix:
+#
+#     W . . .     part 0 (in, 64)     part 0 (out, 64)     Row i of a part holds feature i of its 64 images, so each
+#     . W . .  @  part 1 (in, 64)  =  part 1 (out, 64)     weight scales a contiguous row. One product takes all parts;
+#     . . W .     part 2 (in, 64)     part 2 (out, 64)     as a thread goes through one after the other, what it reads
+#     . . . W     part 3 (in, 64)     part 3 (out, 64)     stays in the cache of its core.
+#
+# The layers of a chain pass these blocks on as they are.
+
+
+def _forward_chain(chain: list[Any], features: Tensor) -> Tensor:
+    """The forward of a chain, (…) to (…): neighbouring layers that work on blocks run as one."""
+    for on_blocks, neighbours in groupby(chain, lambda layer: _is_plain(layer, SparseLinear, *ELEMENTWISE)):
+        layers = list(neighbours)
+        sparse = on_blocks and any(isinstance(layer, SparseLinear) for layer in layers)
+        features = _multiply(layers, features) if sparse else reduce(lambda x, layer: layer(x), layers, features)
+    return features
+
+
+def _multiply(layers: list[Any], features: Tensor) -> Tensor:
+    """(…, in_features) through sparse and elementwise layers, to (…, out_features)."""
+    first, device = next(layer for layer in layers if isinstance(layer, SparseLinear)), features.device.type
+    if features.shape[-1] != first.in_features:
+        raise ValueError(f"expected {first.in_features} features, got {features.shape[-1]}")
+    if torch.is_autocast_enabled(device) and first.values.dtype != torch.float64:
+        with torch.autocast(device, enabled=False):  # the sums have no kernel of mixed types
+            return _multiply(layers, features.to(first.values.dtype)).to(torch.get_autocast_dtype(device))
+    outputs = []
+    for batch in features.reshape(-1, features.shape[-1]).split(PARTS * WIDTH):  # (B, in)
+        parts = max(1, -(-len(batch) // WIDTH))
+        padded = nn.functional.pad(batch, (0, 0, 0, -len(batch) % parts)) if len(batch) % parts else batch
+        blocks = padded.unflatten(0, (parts, -1)).transpose(1, 2).contiguous()  # (parts, in, B / parts)
+        for layer in layers:
+            blocks = layer.multiply(blocks) if isinstance(layer, SparseLinear) else layer(blocks)
+        outputs.append(blocks.transpose(1, 2).flatten(0, 1)[: len(batch)])
+    return torch.cat(outputs).view(*features.shape[:-1], outputs[0].shape[1])
 
 
 class SparseLinear(nn.Linear):
-    """A Linear layer for inference that multiplies by its non-zero weights only; `to_sparse` makes it.
-
-    It works on features in rows, so that each weight scales a contiguous row, and so it leaves them in memory::
-
-        input (B, in) → turned: (in, B) → W @ it: (out, B) → output (B, out), a view of the turned one
-
-    Elementwise layers keep that layout, and the next sparse layer then finds its input turned already.
-    """
+    """A Linear layer for inference that multiplies by its non-zero weights only; `to_sparse` makes it."""
 
     def __init__(self, layer: Any) -> None:
         nn.Module.__init__(self)
-        weight = layer.weight.detach()
+        weight, self.bias = layer.weight.detach(), copy.deepcopy(layer.bias)
         self.out_features, self.in_features = weight.shape
         rows, columns = weight.nonzero(as_tuple=True)
-        starts = nn.functional.pad(weight.count_nonzero(1).cumsum(0), (1, 0))
-        self.starts, self.columns = nn.Buffer(starts.int()), nn.Buffer(columns.int())  # MKL copies wider ones
-        self.values = nn.Parameter(weight[rows, columns])  # (nonzero,); row i from starts[i] to starts[i + 1]
-        self.register_parameter("bias", copy.deepcopy(layer.bias))
+        self.nonzero, starts = len(rows), weight.count_nonzero(1).repeat(PARTS).cumsum(0)
+        shifts = self.in_features * torch.arange(PARTS, device=weight.device).unsqueeze(1)
+        self.starts = nn.Buffer(nn.functional.pad(starts, (1, 0)).int())  # (PARTS * out_features + 1,)
+        self.columns = nn.Buffer((columns + shifts).flatten().int())  # (PARTS * nonzero,); MKL copies wider indices
+        self.values = nn.Parameter(weight[rows, columns].repeat(PARTS))  # (PARTS * nonzero,)
+
+    def _csr(self) -> Tensor:
+        """The weights once, in the memory of the repeated ones."""
+        starts, columns = self.starts[: self.out_features + 1], self.columns[: self.nonzero]
+        values, shape = self.values[: self.nonzero], (self.out_features, self.in_features)
+        return torch.sparse_csr_tensor(starts, columns, values, shape, device=values.device)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """(out_features, in_features), dense and made at every reading, for models that read it."""
         return self._csr().to_dense()
 
-    def _csr(self) -> Tensor:
-        shape = (self.out_features, self.in_features)
-        return torch.sparse_csr_tensor(self.starts, self.columns, self.values, shape, device=self.values.device)
-
     def forward(self, input: Tensor) -> Tensor:
         """(…, in_features) to (…, out_features)."""
-        device, dtype = input.device.type, self.values.dtype
-        if input.shape[-1] != self.in_features:
-            raise ValueError(f"expected {self.in_features} features, got {input.shape[-1]}")
-        if torch.is_autocast_enabled(device) and dtype != torch.float64:
-            with torch.autocast(device, enabled=False):  # the sums have no kernel of mixed types
-                return self.forward(input.to(dtype)).to(torch.get_autocast_dtype(device))
-        turned = input.reshape(-1, self.in_features).t()  # (in, B)
-        mkl = torch.backends.mkl.is_available() and dtype in (torch.float32, torch.float64)
-        if mkl and turned.shape[1] < SUM_BATCH:
-            product = self._csr() @ turned  # (out, B)
+        return _multiply([self], input)
+
+    def multiply(self, blocks: Tensor) -> Tensor:
+        """(parts, in_features, width) to (parts, out_features, width), as drawn above."""
+        parts, _, width = blocks.shape
+        mkl = torch.backends.mkl.is_available() and blocks.dtype in (torch.float32, torch.float64)
+        if mkl and parts == 1 and width < SUM_BATCH:
+            product = self._csr() @ blocks[0]
         else:  # a kernel made to sum weighted rows is several times faster than the CSR product
-            weights: Any = {"mode": "sum", "per_sample_weights": self.values, "include_last_offset": True}
-            pieces = [piece.contiguous() for piece in turned.split(WIDTH, dim=1)]
-            sums = [nn.functional.embedding_bag(self.columns, piece, self.starts, **weights) for piece in pieces]
-            product = torch.cat(sums, dim=1) if len(sums) > 1 else sums[0]
-        if self.bias is not None:
-            product.add_(self.bias.unsqueeze(1))
-        return product.t().reshape(*input.shape[:-1], self.out_features)
+            starts, used = self.starts[: parts * self.out_features + 1], parts * self.nonzero
+            weights: Any = {"mode": "sum", "per_sample_weights": self.values[:used], "include_last_offset": True}
+            product = nn.functional.embedding_bag(self.columns[:used], blocks.flatten(0, 1), starts, **weights)
+        product = product.view(parts, self.out_features, width)
+        return product if self.bias is None else product.add_(self.bias.unsqueeze(1))
 
 
 def save_compressed(
@@ -258,9 +293,9 @@ def save_compressed(
     """
     packed, target = _pack(model_or_state_dict, info), Path(os.path.realpath(path))
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    if target.exists() and not target.is_file():
+        raise FileExistsError(f"{path} is no regular file, so it is not replaced")
     try:
-        if target.exists() and not target.is_file():
-            raise FileExistsError(17, "No regular file, so it is not replaced")
         with temporary.open("xb") as file:
             file.write(packed)
             file.flush()
@@ -296,23 +331,24 @@ def load_compressed(path: str | Path, *, limit: int | None = None) -> tuple[dict
         ValueError: the file is cut short, damaged, not one of these, or asks for more memory than `limit`.
         OSError: the file cannot be read.
     """
+    name = repr(str(path))[1:-1]  # with its control characters escaped
     if Path(path).exists() and not Path(path).is_file():
-        raise ValueError(f"{path} is no regular file, so not from save_compressed")
+        raise ValueError(f"{name} is no regular file, so not from save_compressed")
     with Path(path).open("rb") as file:
         limit = limit or max(2**30, 128 * os.fstat(file.fileno()).st_size)
         unpacker, content = zlib.decompressobj(wbits=31), io.BytesIO()  # 31: gzip, with its checksum
         try:
             if file.peek(2)[:2] == b"PK":  # torch.save's own, not packed
                 return _read(io.BytesIO(file.read(limit)), limit)
-            while not unpacker.eof and content.tell() <= limit and (packed := file.read(2**16)):
-                content.write(unpacker.decompress(packed))  # at most 66 MB
+            while not unpacker.eof and content.tell() <= limit and (packed := file.read(2**13)):
+                content.write(unpacker.decompress(packed))  # 8 MB at most
             if unpacker.eof and not unpacker.unused_data and not file.read(1):
                 return _read(content, limit)
         except OSError:
             raise
         except Exception:  # of many types, and torch's words advise to execute the file
             pass
-    raise ValueError(f"{path} is damaged, not from save_compressed, or unpacks to more than {limit:,} bytes")
+    raise ValueError(f"{name} is damaged, not from save_compressed, or unpacks to more than {limit:,} bytes")
 
 
 def _pack(model_or_state_dict: nn.Module | dict[str, Any], info: dict[str, Any] | None) -> bytes:
@@ -320,7 +356,7 @@ def _pack(model_or_state_dict: nn.Module | dict[str, Any], info: dict[str, Any] 
     state = model_or_state_dict.state_dict() if isinstance(model_or_state_dict, nn.Module) else model_or_state_dict
     if not isinstance(state, dict) or not isinstance(info, dict | None):
         raise TypeError(f"expected a model or state_dict and a dict, got {type(state).__name__}, {type(info).__name__}")
-    state, content = copy.copy(state), io.BytesIO()  # with the versions that torch keeps in an attribute
+    state, content = copy.copy(state), io.BytesIO()  # copied with the versions that torch keeps in an attribute
     try:
         for name, value in state.items():
             if isinstance(value, Tensor):
@@ -338,10 +374,10 @@ def _pack(model_or_state_dict: nn.Module | dict[str, Any], info: dict[str, Any] 
 def _read(content: io.BytesIO, limit: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """State_dict and info of an unpacked file, or any exception."""
     with zipfile.ZipFile(content) as archive:
-        sizes = sum(entry.file_size for entry in archive.infolist())
-        pickles = [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
-    if sizes > len(content.getbuffer()) or any(b"bytearray\n" in pickle for pickle in pickles):
-        raise ValueError("packed once more, or asks torch for a bytearray, which may be of any length")
+        if sum(entry.file_size for entry in archive.infolist()) > len(content.getbuffer()) or archive.testzip():
+            raise ValueError("it is packed once more, or damaged, which torch does not check")
+        if any(b"bytearray\n" in archive.read(name) for name in archive.namelist() if name.endswith(".pkl")):
+            raise ValueError("it asks torch for a bytearray, which may be of any length")
     content.seek(0)
     loaded = torch.load(content, map_location="cpu", weights_only=True)
     state, info = (loaded["state_dict"], loaded["info"]) if "state_dict" in loaded else (loaded, {})
@@ -353,10 +389,10 @@ def _read(content: io.BytesIO, limit: int) -> tuple[dict[str, Any], dict[str, An
 
 
 def latency(model: nn.Module, batch: Tensor, min_run_time: float = 0.5) -> "Measurement":
-    """Time of ``model(batch)`` for inference, on torch's current number of threads, synchronized with CUDA.
+    """Time ``model(batch)`` for inference, in the mode it is in, on torch's current threads, synchronized with CUDA.
 
     Args:
-        model: any module, timed in the mode it is in.
+        model: any module.
         batch: (B, …) input, on the model's device.
         min_run_time: seconds to measure for, after a warm-up.
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from compress import SparseLinear, latency, shrink, stored_bytes, to_sparse
 from prune import prune_model
-from utils import COLORS, MARKERS, NAMES, Row, add_title, log_axis, new_figure, stretch_k_axis
+from utils import COLORS, MARKERS, NAMES, Row, log_axis, new_figure, stretch_k_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,7 +73,7 @@ def is_busy(rows: Sequence[CostRow]) -> bool:
 
 
 def break_even(costs: Sequence[CostRow], batch_size: int) -> tuple[float | None, str]:
-    """From which k on sparse kernels are faster than dense ones, by the medians: k in %, if there is one, and words."""
+    """Smallest k in % from which on sparse kernels are faster than dense ones, by the medians, if any; and in words."""
     rows = [row for row in costs if row.batch_size == batch_size and row.method == "weight"]
     if is_busy(rows):
         return None, "the machine is busy: no conclusion"
@@ -94,19 +94,18 @@ def dense_latency(costs: Sequence[CostRow], batch_size: int) -> float:
 def format_costs(costs: Sequence[CostRow]) -> str:
     """A table for people: file and latency of every network in its fastest form, and when sparse kernels pay."""
     sizes = sorted({row.batch_size for row in costs})
-    lines = [f"{'k %':>13}{'file kB':>9}{'% of dense':>12}"]
-    lines[0] += "".join(f"{f'batch {size}: ms':>22}{'speed-up':>10}" for size in sizes)
-    lines.append("-" * len(lines[0]))
+    head = "".join(f"{f'batch {size}: ms':>22}{'speed-up':>10}" for size in sizes)
+    lines = [f"{'k %':>13}{'file kB':>9}{'% of dense':>12}{head}", "-" * (34 + len(head))]
     for method, k in dict.fromkeys((row.method, row.k_percent) for row in costs):
         rows = [row for row in costs if (row.method, row.k_percent) == (method, k)]
-        share = rows[0].stored_bytes / rows[0].dense_bytes
-        line = f"{NAMES[method]:7}{k:6g}{rows[0].stored_bytes / 1e3:9,.0f}{100 * share:12.2f}"
+        file, dense = rows[0].stored_bytes, rows[0].dense_bytes
+        line = f"{NAMES[method]:7}{k:6g}{file / 1e3:9,.0f}{100 * file / dense:12.2f}"
         for size in sizes:
             best = min((row for row in rows if row.batch_size == size), key=lambda row: row.latency_ms)
             faster = "busy" if is_busy([best]) else f"{dense_latency(costs, size) / best.latency_ms:.2f}"
             line += f"{f'{best.form} {best.latency_ms:.3g}':>22}{faster:>10}"
         lines.append(line)
-    dense, packed = costs[0].dense_bytes, max(row.stored_bytes for row in costs)
+    packed = max(row.stored_bytes for row in costs)
     lines.append(f"dense file: {dense / 1e6:.2f} MB, {packed / 1e6:.2f} MB in gzip ({packed / dense:.1%})")
     return "\n".join(lines + [f"batch {size}: {break_even(costs, size)[1]}" for size in sizes])
 
@@ -118,7 +117,8 @@ def plot_cost_sparsity(costs: Sequence[CostRow], title: str) -> "Figure":
         costs: of one network.
         title: what was measured and on what, in one line.
     """
-    figure, panels = new_figure(2, 2, (8.3, 6.8))
+    note = "bars: half the interquartile range of the latency to either side of its median"
+    figure, panels = new_figure(2, 2, title, note)
     for panel in panels:
         stretch_k_axis(panel, [row.k_percent for row in costs])
         panel.set_xlabel("pruned: k %")
@@ -128,13 +128,12 @@ def plot_cost_sparsity(costs: Sequence[CostRow], title: str) -> "Figure":
         panels[0].plot([*points], [row.accuracy_percent for row in points.values()], label=NAMES[method], **style)
         panels[1].plot([*points], [100 * row.stored_bytes / row.dense_bytes for row in points.values()], **style)
     panels[0].set(ylabel="accuracy, %", ylim=(0, 104))
-    panels[1].set(ylabel=f"file, % of dense ({costs[0].dense_bytes / 1e6:.2f} MB)")
+    panels[1].set_ylabel(f"file, % of dense ({costs[0].dense_bytes / 1e6:.2f} MB)")
     log_axis(panels[1], "y")
-    for panel, size in zip(panels[2:], sorted({row.batch_size for row in costs}), strict=False):
+    for panel, size in zip(panels[2:], sorted({row.batch_size for row in costs}), strict=True):
         _draw_speed_up(panel, costs, size)
-    panels[0].legend(frameon=False, fontsize=9.5)
-    panels[2].legend(frameon=False, fontsize=9.5)
-    add_title(figure, title, "bars: from the lower to the upper quartile of the latency, about its median")
+    for panel in (panels[0], panels[3]):
+        panel.legend(fontsize=9.5, edgecolor="none")
     return figure
 
 
@@ -149,7 +148,7 @@ def _draw_speed_up(axes: "Axes", costs: Sequence[CostRow], batch_size: int) -> N
         times = np.array([row.latency_ms for row in rows])
         half = np.minimum(np.array([row.latency_iqr_ms for row in rows]) / 2, 0.9 * times)  # no bar ends at infinity
         bars = [dense / times - dense / (times + half), dense / (times - half) - dense / times]
-        name = f"{NAMES[method]}, {form}" + " kernels" * (method == "weight")
+        name = f"{NAMES[method]}, {form}" + " kernels" * (form != "shrunk")
         k = [row.k_percent for row in rows]
         axes.errorbar(k, dense / times, bars, marker=MARKERS[method], elinewidth=1, label=name, **style)
     if pays_from is not None:

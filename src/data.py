@@ -50,7 +50,7 @@ def load(dataset: str, inputs: Path, *, holdout: bool = False, device: torch.dev
     """Load MNIST or the digits.
 
     MNIST is read from `inputs`/MNIST/raw: its four files, or their .gz. What is missing or wrong there is downloaded
-    from torchvision's mirrors, which lines on stderr tell. It is kept there unpacked, unless the folder is read-only.
+    from torchvision's mirrors, as lines on stderr say. It is kept there unpacked, unless the folder is read-only.
 
     Args:
         dataset: "mnist", "digits", or "auto": MNIST, or the digits where it is not available.
@@ -100,7 +100,7 @@ class Batches:
     images: Tensor  # (N, …)
     labels: Tensor  # (N,)
     batch_size: int  # >= 1; the last batch holds what is left
-    generator: torch.Generator | None = None  # on the CPU: shuffles every epoch anew, alike on all devices
+    generator: torch.Generator | None = None  # on the CPU: shuffles every epoch, alike on all devices
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -128,7 +128,7 @@ class Batches:
 def _read_digits() -> list[Tensor]:
     """Images (N, 784), bilinearly upsampled from 8x8, and labels (N,): 1,437 to train on, 360 to test."""
     try:
-        data = _read(DIGITS_FILE, DIGITS_SIZE, DIGITS_MD5)
+        data = _read(DIGITS_FILE, DIGITS_SIZE, 0, DIGITS_MD5)
     except Exception as error:
         raise DataError(f"{DIGITS_FILE}: {one_line(error)}. Restore it: it is part of the repository") from error
     with np.load(io.BytesIO(data), allow_pickle=False) as file:  # shuffled once, when the file was made
@@ -140,89 +140,84 @@ def _read_digits() -> list[Tensor]:
 
 def _read_mnist(raw: Path) -> list[Tensor]:
     """Images (N, 784) and labels (N,) to train on, then those to test."""
-    tensors = []
-    failed: dict[str, str] = {}  # mirror → why; it is not asked again
+    tensors: list[Tensor] = []
+    faults: list[str] = []  # a file or an address, and why it is not used
     for name in MNIST_FILES:
-        data = bytearray(_read_mnist_file(raw / name, failed))  # torch warns of bytes, which are read-only
+        data = bytearray(_read_mnist_file(raw / name, faults))  # torch warns of bytes, which are read-only
         if "images" in name:  # verified bytes need no parsing: the header has 16 bytes here, 8 before labels
             pixels = torch.frombuffer(data, dtype=torch.uint8, offset=16).view(-1, 784)
             tensors.append(pixels.to(torch.float32).div_(255))
         else:
             tensors.append(torch.frombuffer(data, dtype=torch.uint8, offset=8).long())
+    if faults:
+        warn(f"Not used: {'; '.join(faults)}")
     return tensors
 
 
-def _read_mnist_file(path: Path, failed: dict[str, str]) -> bytes:
-    """The verified bytes of one file: from `path`, its .gz, or a mirror not in `failed`; then kept at `path`."""
-    size, _, md5 = MNIST_FILES[path.name]
-    packed = path.with_name(f"{path.name}.gz")
-    faults = []
-    for source in (path, packed, "download"):
+def _read_mnist_file(path: Path, faults: list[str]) -> bytes:
+    """The verified bytes of one file from the first source without a fault; then kept at `path`."""
+    for source in _sources(path, faults):
         try:
-            data = _read(source, size, md5) if isinstance(source, Path) else _download(path.name, failed)
+            data = _read(source, *MNIST_FILES[path.name])
         except FileNotFoundError:
             continue
-        except Exception as error:  # gzip alone has four kinds for wrong bytes
+        except Exception as error:  # gzip alone has four kinds for wrong bytes, and a mirror fails in many ways
             faults.append(f"{source}: {one_line(error)}")
             continue
-        if faults:
-            warn(f"Not used: {'; '.join(faults)}")
         if source != path:
-            _keep(path, data)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_file(path, data)
+            except OSError as error:  # the bytes are good all the same
+                warn(f"MNIST is not kept unpacked: {one_line(error)}; this run goes on without that")
         return data
-    raise DataError(
-        f"MNIST's {path.name} (MD5 {md5}) is not available: {'; '.join(faults)}. "
-        f"Put the four .gz files of MNIST into {path.parent}, or choose --dataset digits"
-    )
+    cure = f"Put the four .gz files of MNIST into {path.parent}, or choose --dataset digits"
+    raise DataError(f"MNIST's {path.name} is not available: {'; '.join(faults)}. {cure}")
 
 
-def _keep(path: Path, data: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, data)
-    except OSError as error:  # the bytes are good all the same
-        warn(f"MNIST is not kept unpacked: {one_line(error)}; this run goes on without that")
-
-
-def _download(name: str, failed: dict[str, str]) -> bytes:
-    """The verified bytes of a file, from the .gz of the first mirror that has them."""
+def _sources(path: Path, faults: list[str]) -> Iterator[Path | str]:
+    """The unpacked file; its .gz; the address of that at each mirror that has not failed yet."""
+    yield path
+    yield path.with_name(f"{path.name}.gz")
     try:
         from torchvision.datasets import MNIST
     except Exception as error:  # beside the wrong torch: RuntimeError, OSError, AttributeError, …
-        raise DataError(
-            f"torchvision is missing or does not match torch {torch.__version__} ({one_line(error)}): install the two "
-            "together, pip install --force-reinstall -r requirements.txt"
-        ) from error
-    size, packed_size, md5 = MNIST_FILES[name]
+        fault = f"torchvision is missing or does not match torch {torch.__version__} ({one_line(error)})"
+        faults.append(f"{fault}: install the two together, pip install --force-reinstall -r requirements.txt")
+        return
     for mirror in MNIST.mirrors:
-        if mirror not in failed:
-            warn(f"Downloading {mirror}{name}.gz")
-            try:
-                return _read(_fetch(f"{mirror}{name}.gz", packed_size), size, md5)
-            except Exception as error:  # however a mirror fails, the next is asked
-                failed[mirror] = f"{mirror}: {one_line(error)}"
-    raise DataError("; ".join(failed.values()))
+        if not any(fault.startswith(mirror) for fault in faults):
+            yield f"{mirror}{path.name}.gz"
 
 
-def _fetch(url: str, most: int) -> io.BytesIO:
-    """The bytes at `url`; DataError where they are more than `most` or come more slowly than `SLOWEST`."""
+def _read(source: Path | str, size: int, packed_size: int, md5: str) -> bytes:
+    """The verified bytes of a file or an address, unpacked where it is a .gz; hardly more than these are ever read."""
+    packed = str(source).endswith(".gz")
+    most = packed_size if packed else size
+    if isinstance(source, str):
+        data = _fetch(source, most)
+    elif source.exists() and not source.is_file():  # a FIFO would wait for a writer
+        raise DataError("not a regular file")
+    else:
+        with source.open("rb") as file:
+            data = file.read(most + 1)
+    if len(data) > most:
+        raise DataError(f"more than {most:,} bytes")
+    if packed:
+        data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(size + 1)  # a bomb unpacks no further
+    if (found := hashlib.md5(data, usedforsecurity=False).hexdigest()) != md5:
+        raise DataError(f"{len(data):,} bytes with MD5 {found}, expected {size:,} with {md5}")
+    return data
+
+
+def _fetch(url: str, most: int) -> bytes:
+    """The bytes at `url`, not many more than `most`; DataError where they come more slowly than `SLOWEST`."""
+    warn(f"Downloading {url}")
     received, started = bytearray(), time.monotonic()
     with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
-        while chunk := response.read1(2**16):
+        while len(received) <= most and (chunk := response.read1(2**16)):
             received += chunk
-            seconds = time.monotonic() - started  # every byte starts urlopen's own timeout anew
-            if len(received) > most or (seconds > TIMEOUT and len(received) < SLOWEST * seconds):
-                raise DataError(f"endless or too slow: {len(received):,} bytes in {seconds:.0f} s")
-    return io.BytesIO(received)
-
-
-def _read(source: Path | io.BytesIO, size: int, md5: str) -> bytes:
-    """The verified bytes of a file, or of a .gz or BytesIO unpacked; never more than one above `size` is held."""
-    if isinstance(source, Path) and source.exists() and not source.is_file():  # a FIFO would wait for a writer
-        raise DataError("not a regular file")
-    with gzip.open(source) if not isinstance(source, Path) or source.suffix == ".gz" else source.open("rb") as file:
-        data = file.read(size + 1)
-    if (found := hashlib.md5(data, usedforsecurity=False).hexdigest()) != md5:
-        amount = f"more than {size:,}" if len(data) > size else f"{len(data):,}"
-        raise DataError(f"{amount} bytes with MD5 {found}, expected {size:,} with {md5}")
-    return data
+            seconds = time.monotonic() - started  # every byte starts urlopen's own timeout again
+            if seconds > TIMEOUT and len(received) < SLOWEST * seconds:
+                raise DataError(f"too slow: {len(received):,} bytes in {seconds:.0f} s")
+    return bytes(received)

@@ -18,7 +18,7 @@ import numbers
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -26,7 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # the integers that a weight's bytes are multiplied as
+# What can be pruned: type → integers that its bytes are multiplied as
+BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 BLOCK, GPU_BLOCK = 2**17, 2**24  # scores to compare at a time: they fit into the cache, or keep a GPU busy
 
 
@@ -42,13 +43,13 @@ def _unit_norm(weight: Tensor) -> Tensor:
 
 
 def _relative_norm(weight: Tensor) -> Tensor:
-    """L2 norm of each unit, relative to the mean of its layer: (units, …) → (units,).
+    """L2 norm of each unit, relative to the largest of its layer: (units, …) → (units,).
 
-    Within a layer it ranks as the norm does. Across layers, norms differ by scale and fan-in more than by what units
-    matter. Source: Fang et al., "DepGraph: Towards Any Structural Pruning" (2023), section 3.3.
+    It ranks as the norm does within a layer. Across layers, whose norms differ by scale and fan-in, it ranks the best
+    unit of each last: norms alone, or relative to their mean, soon empty a layer and cut the network in two.
     """
     norm = _unit_norm(weight)
-    return norm / norm.mean().clamp_min(torch.finfo(norm.dtype).tiny)
+    return norm / norm.max().clamp_min(torch.finfo(norm.dtype).tiny) if len(norm) else norm
 
 
 def _random_weight(weight: Tensor, generator: torch.Generator) -> Tensor:
@@ -104,7 +105,7 @@ def weight_mask(weight: Tensor, sparsity: float) -> Tensor:
         tensor([[ True, False],
                 [ True, False]])
     """
-    return _select([_Scores("weight", _rankable("weight", weight), magnitude=True)], _fraction(sparsity))[0]
+    return _select({"weight": _rankable("weight", weight)}, _fraction(sparsity), magnitude=True)[0]
 
 
 def unit_mask(weight: Tensor, sparsity: float, dim: int = 0) -> Tensor:
@@ -136,7 +137,7 @@ def unit_mask(weight: Tensor, sparsity: float, dim: int = 0) -> Tensor:
     units = weight.transpose(0, int(dim))
     norm = _unit_norm(units)
     _check_finite("weight", weight, norm)
-    (keep,) = _select([_Scores("weight", norm)], _fraction(sparsity))
+    (keep,) = _select({"weight": norm}, _fraction(sparsity))
     return keep.view(-1, *[1] * (weight.dim() - 1)).expand_as(units).transpose(0, int(dim)).contiguous()
 
 
@@ -160,8 +161,8 @@ def find_masks(
         method: a name in `METHODS`.
         sparsity: fraction in [0, 1] of the weights or units, counting those that are zero already. Exactly
             ``round(sparsity * n)`` go; a larger sparsity prunes a superset.
-        scope: "layer" ranks within each layer. "global" ranks across all, which suits the weights of convolutional
-            networks; units by norms relative to the mean of their layer, the best one of each layer behind all others.
+        scope: "layer" ranks within each layer; "global" across all, which suits the weights of convolutional networks.
+            Units then rank by norms relative to the largest of their layer, so that none loses all of its units early.
         skip: names or patterns of layers to spare as well: ``("conv1", "body.*")``.
         prune_output: prune the output layer, too: the prunable layer that was registered last, unless a warning comes.
         only: names or patterns of parameters to prune instead, vectors apart: ``("lstm.weight_*",)``. What is spared
@@ -195,10 +196,8 @@ def find_masks(
     weights, doubts = _chosen(model, skip, prune_output, only)
     masks: dict[str, Tensor] = {}
     for group in [weights] if scope == "global" else [[weight] for weight in weights]:
-        scores = [_scored(weight, method, generator) for weight in group]
-        if scope == "global":
-            _protect_best_units(scores)
-        for weight, keep in zip(group, _select(scores, sparsity), strict=True):
+        scores = {weight.names[0]: _scored(weight, method, generator) for weight in group}
+        for weight, keep in zip(group, _select(scores, sparsity, METHODS[method] is torch.abs), strict=True):
             masks |= weight.masks(keep)
     empty = [weight.names[0] for weight in weights if weight.parameter.numel() and not masks[weight.names[0]].any()]
     for doubt in [*doubts, f"pruning leaves nothing of {_listed(empty)} at sparsity {sparsity:g}" if empty else ""]:
@@ -229,8 +228,8 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """
     if not isinstance(masks, Mapping):
         raise TypeError(f"masks must be a dict of boolean tensors by parameter name, got {type(masks).__name__}")
-    owned = ((layer, name, own) for layer, module in _modules(model) for name, own in module._parameters.items())
-    parameters = {_joined(layer, name): own for layer, name, own in owned if own is not None}
+    owned = ((f"{name}.{own}", value) for name, module in _modules(model) for own, value in module._parameters.items())
+    parameters = {name.lstrip("."): value for name, value in owned if value is not None}
     pairs = []
     for name, mask in masks.items():
         if name not in parameters:
@@ -241,7 +240,7 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
             raise TypeError(f"the mask of {name} must be a boolean tensor (True = keep), got {got}")
         if mask.shape != parameter.shape or mask.is_meta or mask.layout is not torch.strided:
             raise ValueError(f"the mask of {name} must be a dense {tuple(parameter.shape)}, got {tuple(mask.shape)}")
-        pairs.append((parameter.view(BITS[parameter.element_size()]), mask.to(parameter.device)))
+        pairs.append((parameter.view(BITS[parameter.dtype]), mask.to(parameter.device)))
     for bits, mask in pairs:
         bits.mul_(mask)  # +0.0 even for NaN, in a tenth of the time of masked_fill_
 
@@ -272,7 +271,7 @@ def achieved_sparsity(
         >>> achieved_sparsity(nn.Linear(4, 4), prune_output=True)
         0.0
     """
-    tensors = [weight.tensor() for weight in _chosen(model, skip, prune_output, only)[0]]
+    tensors = [_prunable(weight.names[0], weight.parameter) for weight in _chosen(model, skip, prune_output, only)[0]]
     total = sum(tensor.numel() for tensor in tensors)
     return (total - sum(int(tensor.count_nonzero()) for tensor in tensors)) / max(total, 1)
 
@@ -382,31 +381,21 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
 
 @dataclass(eq=False)
 class _Weight:
-    """A matrix of the model, or more dimensions, and the modules that use it."""
+    """A matrix of the model, or more dimensions."""
 
     parameter: Any  # None if it is computed from other parameters
+    module: Any  # the first that uses it
     dim: int | None  # that counts outputs; None if LAYERS doesn't tell
-    groups: int
-    names: list[str] = field(default_factory=list)  # such as fc1.weight; several if it is shared
-    layers: dict[str, Any] = field(default_factory=dict)
-    biases: dict[int, str] = field(default_factory=dict)  # names of those that its units have besides
-
-    def tensor(self) -> Tensor:
-        """The parameter, detached, if it is one that can be pruned."""
-        for layer, module in self.layers.items() if self.dim is not None else ():
-            for own in ("weight", "bias"):
-                if own not in module._parameters and hasattr(module, own):
-                    cure = "torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations"
-                    computed = f"{_joined(layer, own)} is computed from other parameters"
-                    raise ValueError(f"{computed}: make it permanent with {cure}")
-        return _prunable(self.names[0], self.parameter)
+    names: list[str]  # such as fc1.weight; several if it is shared
+    users: list[str]  # names of all modules that use it
+    biases: list[str]  # names of those that only these modules use
 
     def turned(self, tensor: Tensor, back: bool = False) -> Tensor:
         """From the weight's own layout to (out, in / groups, …), or back."""
         if not self.dim:
             return tensor
         ends = (1, self.dim + 1) if back else (self.dim + 1, 1)
-        return tensor.unflatten(0, (self.groups, -1)).movedim(*ends).flatten(0, 1)
+        return tensor.unflatten(0, (getattr(self.module, "groups", 1), -1)).movedim(*ends).flatten(0, 1)
 
     def masks(self, keep: Tensor) -> dict[str, Tensor]:
         """Masks by parameter name, from one of the weight's shape or (units,)."""
@@ -414,26 +403,21 @@ class _Weight:
             return {self.names[0]: keep}
         weight = self.turned(self.parameter.detach())
         mask = self.turned(keep.view(-1, *[1] * (weight.dim() - 1)).expand_as(weight), back=True).contiguous()
-        return {self.names[0]: mask} | dict.fromkeys(self.biases.values(), keep)
+        return {self.names[0]: mask} | dict.fromkeys(self.biases, keep)
 
-    @property
-    def outputs(self) -> int:
-        return 0 if self.dim is None else self.parameter.shape[self.dim] * (self.groups if self.dim else 1)
+    def sizes(self) -> tuple[int, list[int]]:
+        """How many outputs the layer has, and the numbers of inputs that it may take."""
+        sizes, groups = list(self.parameter.shape), getattr(self.module, "groups", 1)
+        if self.dim is None:
+            return 0, sizes
+        outputs = sizes.pop(self.dim) * (groups if self.dim else 1)
+        inputs = sizes[:1] if hasattr(self.module, "kernel_size") else sizes
+        return outputs, [size * (1 if self.dim else groups) for size in inputs]
 
-    @property
-    def inputs(self) -> list[int]:
-        """The numbers of inputs that it may take."""
-        sizes = [size for dim, size in enumerate(self.parameter.shape) if dim != self.dim]
-        return [size * (self.groups if self.dim == 0 else 1) for size in (sizes[:1] if self.is_convolution else sizes)]
-
-    @property
-    def is_convolution(self) -> bool:
-        return all(hasattr(module, "kernel_size") for module in self.layers.values())
-
-    def feeds(self, other: "_Weight") -> bool:
-        """Whether the other may take its outputs, perhaps a few such side by side, or flattened images."""
-        most = math.inf if self.is_convolution else 8
-        return any(self.outputs and size % self.outputs == 0 and size <= most * self.outputs for size in other.inputs)
+    def is_taken(self, inputs: Iterable[int]) -> bool:
+        """Whether its outputs fit: exactly, side by side with a few others, or, of a convolution, flattened."""
+        outputs, most = self.sizes()[0], math.inf if hasattr(self.module, "kernel_size") else 8
+        return outputs == 0 or any(size % outputs == 0 and size <= most * outputs for size in inputs)
 
 
 def _modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -445,41 +429,43 @@ def _modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]
     yield name, model
     for child, module in model._modules.items():
         if module is not None:
-            yield from _modules(module, _joined(name, child))
+            yield from _modules(module, f"{name}.{child}".lstrip("."))
 
 
-def _joined(layer: str, name: str) -> str:
-    return f"{layer}.{name}".lstrip(".")
+def _layer_dim(module: nn.Module) -> int | None:
+    """What LAYERS has for its class, or the nearest parent."""
+    return next((LAYERS[parent] for parent in type(module).__mro__ if parent in LAYERS), None)
 
 
 def _matrices(model: nn.Module) -> list[_Weight]:
     """The weights of all layers in LAYERS, and all other matrices, in order of registration."""
-    found: dict[int, _Weight] = {}
+    found: dict[Any, _Weight] = {}
     users: dict[int, set[str]] = {}
-    lists = (nn.ParameterList, nn.ParameterDict)  # make no difference to parameters that other modules use
-    for layer, module in sorted(_modules(model), key=lambda named: isinstance(named[1], lists)):
-        layer_dim = next((LAYERS[parent] for parent in type(module).__mro__ if parent in LAYERS), None)
-        for own, parameter in (({} if layer_dim is None else {"weight": None}) | module._parameters).items():
+    lists = (nn.ParameterList, nn.ParameterDict)  # they make no difference to what other modules use
+    modules = dict(sorted(_modules(model), key=lambda named: isinstance(named[1], lists)))
+    for name, module in modules.items():
+        layer_dim = _layer_dim(module)
+        computed = [own for own in ("weight", "bias") if own not in module._parameters and hasattr(module, own)]
+        for own, parameter in (module._parameters | dict.fromkeys(() if layer_dim is None else computed)).items():
             if isinstance(module, lists) and id(parameter) in users:
                 continue
-            users.setdefault(id(parameter), set()).add(layer)
-            dim = layer_dim if own == "weight" else None
-            if dim is not None or (_is_sized(parameter) and parameter.dim() > 1):
-                new = _Weight(parameter, dim, getattr(module, "groups", 1))
-                weight = found.setdefault(id(module if parameter is None else parameter), new)
-                weight.names.append(_joined(layer, own))
-                weight.layers[layer] = module
+            users.setdefault(id(parameter), set()).add(name)
+            dim = layer_dim if own == "weight" or parameter is None and own in computed else None
+            is_lazy = nn.parameter.is_lazy(parameter)
+            if dim is not None or (parameter is not None and not is_lazy and parameter.dim() > 1):
+                new = _Weight(parameter, module, dim, [], [], [])
+                weight = found.setdefault((name, own) if parameter is None else id(parameter), new)
+                weight.names.append(f"{name}.{own}".lstrip("."))
+                weight.users.append(name)
                 weight.dim = dim if weight.dim == dim else None
     for weight in found.values():
-        for layer, module in weight.layers.items():
-            bias = module._parameters.get("bias")
-            if bias is not None and users[id(bias)] <= weight.layers.keys():
-                weight.biases.setdefault(id(bias), _joined(layer, "bias"))
+        biases = {
+            id(bias): name
+            for name in weight.users[::-1]
+            if (bias := modules[name]._parameters.get("bias")) is not None and users[id(bias)] <= {*weight.users}
+        }
+        weight.biases = [f"{name}.bias".lstrip(".") for name in list(biases.values())[::-1]]
     return list(found.values())
-
-
-def _is_sized(parameter: Any) -> bool:
-    return parameter is not None and not nn.parameter.is_lazy(parameter)
 
 
 def _chosen(
@@ -487,57 +473,52 @@ def _chosen(
 ) -> tuple[list[_Weight], list[str]]:
     """The weights to prune, and what the user may not expect of this choice."""
     matrices = _matrices(model)
-    known = {layer for weight in matrices if weight.dim is not None for layer in weight.layers}
-    output = [] if prune_output else [layer for layer, _ in _modules(model) if layer in known][-1:]
-    skipped = _matched("skip", skip, [layer for weight in matrices for layer in weight.layers])
-    spared = tuple(f"{layer}." for layer in [*output, *itertools.chain(*skipped)])
-    free = [weight for weight in matrices if not any(f"{layer}.".startswith(spared) for layer in weight.layers)]
-    hint = f"; {output[0]!r}, registered last, is spared as the output unless prune_output=True" if output else ""
+    layers = [name for name, module in _modules(model) if _layer_dim(module) is not None]
+    output = [] if prune_output else layers[-1:]
+    skipped = _matched("skip", skip, [name for weight in matrices for name in weight.users])
+    spared = tuple(f"{name}." for name in [*output, *itertools.chain(*skipped)])
+    free = [weight for weight in matrices if not any(f"{name}.".startswith(spared) for name in weight.users)]
     chosen = [weight for weight in free if weight.dim is not None]
+    hint = f"; {output[0]!r}, registered last, is spared as the output unless prune_output=True" if output else ""
     if only is not None:
         named = _matched("only", only, [name for weight in matrices for name in weight.names])
-        chosen = [weight for weight in free if not set(weight.names).isdisjoint(itertools.chain(*named))]
-        for found in named:
-            if not any(name in found for weight in chosen for name in weight.names):
-                raise ValueError(f"only: {_listed(found)} can't be pruned and spared at once{hint}")
+        chosen = [weight for weight in free if {*weight.names} & {*itertools.chain(*named)}]
+        for names in named:
+            if not any({*weight.names} & {*names} for weight in chosen):
+                raise ValueError(f"only: {_listed(names)} can't be pruned and spared at once{hint}")
     if not chosen:
         classes = _listed([layer.__name__ for layer in LAYERS])
-        raise ValueError(f"every prunable layer is spared{hint}" if known else f"no prunable layer: none of {classes}")
-    return chosen, [*_doubts(output, free, matrices, only is None)]
+        raise ValueError(f"every prunable layer is spared{hint}" if layers else f"no prunable layer: none of {classes}")
+    sized = [w for w in matrices if w.parameter is not None and not nn.parameter.is_lazy(w.parameter)]
+    return chosen, [*_left_dense(free, sized)] * (only is None) + [*_wrong_output(output, free, sized)]
 
 
-def _doubts(
-    output: Sequence[str], free: Sequence[_Weight], matrices: Sequence[_Weight], by_class: bool
-) -> Iterator[str]:
-    """What the user may not expect of the layers that are pruned and spared."""
-    sized = [weight for weight in matrices if _is_sized(weight.parameter)]
-    dense = [weight for weight in sized if weight in free and weight.dim is None]
-    share = sum(weight.parameter.numel() for weight in dense) / max(
-        sum(weight.parameter.numel() for weight in sized), 1
-    )
-    if by_class and share >= 0.1:
-        names = _listed([weight.names[0] for weight in dense])
-        yield f"{share:.0%} of the weights stay dense, as LAYERS lacks their modules' classes: {names}. Prune them with only=(…), or name the modules in skip"
-    for spared in [weight for weight in sized if not weight.layers.keys().isdisjoint(output)]:
-        ends = {
-            next(iter(weight.layers)): weight
-            for weight in sized
-            if weight in free and weight.dim is not None and not any(map(weight.feeds, sized))
-        }
+def _left_dense(free: Sequence[_Weight], matrices: Sequence[_Weight]) -> Iterator[str]:
+    """A warning if a tenth or more of all weights can't be pruned by class and isn't spared."""
+    dense = [weight for weight in matrices if weight.dim is None and weight in free]
+    share = sum(w.parameter.numel() for w in dense) / max(1, sum(w.parameter.numel() for w in matrices))
+    if share >= 0.1:
+        text = f"{share:.0%} of the weights stay dense, as LAYERS lacks the classes of their modules"
+        cure = "prune them by name with only=(…), or spare the modules with skip=(…)"
+        yield f"{text}: {_listed([weight.names[0] for weight in dense])}; {cure}"
+
+
+def _wrong_output(output: Sequence[str], free: Sequence[_Weight], matrices: Sequence[_Weight]) -> Iterator[str]:
+    """A warning if the layer that was registered last is probably not the output, or not all of it."""
+    inputs = {size for weight in matrices for size in weight.sizes()[1]}
+    ends = [w for w in matrices if w in free and w.dim is not None and not w.is_taken(inputs)]
+    for spared in [weight for weight in matrices if {*output} & {*weight.users}]:
+        outputs = spared.sizes()[0]
+        others = {size for w in matrices if w is not spared and w.dim is not None for size in w.sizes()[1]}
+        twins = [end.users[0] for end in ends if end.sizes()[0] == outputs]
+        heads = [end.users[0] for end in ends if end.sizes()[0] < outputs or outputs in end.sizes()[1]]
         text = f"{output[0]!r}, registered last, is spared as the output layer, but"
-        takers = [
-            weight for weight in sized if weight is not spared and weight.dim is not None and spared.feeds(weight)
-        ]
-        twins = [layer for layer, weight in ends.items() if weight.outputs == spared.outputs]
-        heads = [
-            layer
-            for layer, weight in ends.items()
-            if takers and (spared.outputs > weight.outputs or spared.outputs in weight.inputs)
-        ]
         if twins:
-            yield f"{text} {_listed(twins)} has as many outputs, which no layer takes: if they are outputs, too, name them in skip"
-        elif heads:
-            yield f"{text} {takers[0].names[0]} takes its outputs, while no layer takes those of {_listed(heads)}: if that's the output, name it in skip and pass prune_output=True"
+            text = f"{text} as many outputs of {_listed(twins)} go nowhere, either"
+            yield f"{text}: if they are the model's, too, name them in skip=(…)"
+        elif heads and spared.is_taken(others):
+            text = f"{text} other layers take its outputs, while those of {_listed(heads)} go nowhere"
+            yield f"{text}: if these are the model's, name them in skip=(…) and pass prune_output=True"
 
 
 def _matched(argument: str, entries: Any, names: Sequence[str]) -> list[list[str]]:
@@ -579,7 +560,7 @@ def _fraction(sparsity: Any) -> float:
 
 
 def _local(generator: torch.Generator | None) -> torch.Generator:
-    """The generator, or a new one, for torch's global ones belong to the caller and to other threads."""
+    """The generator, or a new one, since torch's global ones belong to the caller and to other threads."""
     if not isinstance(generator, torch.Generator | None):
         raise TypeError(f"generator must be a torch.Generator, got {generator!r}")
     return generator or torch.Generator("cpu").manual_seed(torch.initial_seed())
@@ -589,14 +570,12 @@ def _rankable(name: str, tensor: Any) -> Tensor:
     """The tensor, detached, if it is one that can be ranked."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    plain = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
     for wrong, text in (
         (nn.parameter.is_lazy(tensor), "has no shape yet: run a batch through its lazy layer first"),
         (tensor.is_meta, "has no values: it is on the meta device"),
-        (not plain, f"must be a plain tensor, neither distributed nor quantized, got {type(tensor).__name__}"),
+        (hasattr(tensor, "__tensor_flatten__"), f"must be a plain tensor, got a {type(tensor).__name__}"),
         (tensor.layout is not torch.strided, f"must be dense, got {tensor.layout}: convert it with to_dense()"),
-        (not tensor.is_floating_point(), f"must be fp16, bf16, fp32 or fp64, got {tensor.dtype}"),
-        (tensor.element_size() not in BITS, f"must be fp16, bf16, fp32 or fp64, got {tensor.dtype}"),
+        (tensor.dtype not in BITS, f"must be fp16, bf16, fp32 or fp64, got {tensor.dtype}"),
     ):
         if wrong:
             raise ValueError(f"{name} {text}")
@@ -605,11 +584,13 @@ def _rankable(name: str, tensor: Any) -> Tensor:
 
 def _prunable(name: str, tensor: Any) -> Tensor:
     """The tensor, detached, if it is one that can be ranked and changed in place."""
-    tensor, reach = _rankable(name, tensor), 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1 and stride < reach and tensor.numel():
-            raise ValueError(f"{name} shares memory with itself, as an expanded tensor does: replace it by its clone()")
-        reach += stride * (size - 1)
+    if tensor is None:
+        cure = "torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations"
+        raise ValueError(f"{name} is computed from other parameters: make it permanent with {cure}")
+    tensor = _rankable(name, tensor)
+    reach = 1 + sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    if reach < tensor.numel():
+        raise ValueError(f"{name} shares memory with itself, as an expanded tensor does: replace it by its clone()")
     return tensor
 
 
@@ -619,154 +600,106 @@ def _check_finite(name: str, weight: Tensor, witness: Tensor) -> None:
         raise ValueError(f"{name} must be finite, but has NaN or infinite weights")
 
 
-def _scored(weight: _Weight, method: str, generator: torch.Generator) -> "_Scores":
-    """A weight with its scores, of the weight's own shape or (units,)."""
-    score, name, tensor = METHODS[method], weight.names[0], weight.tensor()
+def _scored(weight: _Weight, method: str, generator: torch.Generator) -> Tensor:
+    """Scores of a weight, of its own shape or (units,). Magnitudes are left to be taken block by block."""
+    score, name, tensor = METHODS[method], weight.names[0], _prunable(weight.names[0], weight.parameter)
     if score is torch.abs:
-        return _Scores(name, tensor, magnitude=True)
+        return tensor
     _check_finite(name, tensor, tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)))
-    gradient, tensor = weight.parameter.grad, weight.turned(tensor)
-    if gradient is not None and gradient.shape == weight.parameter.shape and gradient.layout is torch.strided:
-        tensor.grad = weight.turned(gradient.to(tensor.device, tensor.dtype))
+    gradient, turned = weight.parameter.grad, weight.turned(tensor)
+    if gradient is not None and gradient.shape == tensor.shape and gradient.layout is torch.strided:
+        turned.grad = weight.turned(gradient.to(tensor.device, tensor.dtype))
     try:
-        scores = score(tensor, generator) if score in (_random_weight, _random_unit) else score(tensor)
+        scores = score(turned, generator) if method.startswith("random") else score(turned)
     except Exception as error:
-        hint = "" if tensor.grad is not None else " (it has no gradient)"
+        hint = "" if turned.grad is not None else ", which has no gradient"
         raise ValueError(f"method {method!r} fails for {name}{hint}: {type(error).__name__}: {error}") from error
     if not isinstance(scores, Tensor) or not scores.is_floating_point():
         got = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
         raise TypeError(f"the scores of {name} must be a floating-point tensor, got {got}")
-    if scores.shape not in (tensor.shape, tensor.shape[:1]):
-        shapes = f"{tuple(tensor.shape)} or {tuple(tensor.shape[:1])}"
+    if scores.shape not in (turned.shape, turned.shape[:1]):
+        shapes = f"{tuple(turned.shape)} or {tuple(turned.shape[:1])}"
         raise ValueError(f"the scores of {name} must have shape {shapes}, got {tuple(scores.shape)}")
+    if scores.isnan().any():
+        raise ValueError(f"the scores of {name} contain NaN")
     if scores.dim() == 1 and weight.dim is None:
         raise ValueError(f"{name} has no units that {method!r} could rank: LAYERS lacks the class of its module")
-    return _Scores(name, scores.detach() if scores.dim() == 1 else weight.turned(scores.detach(), back=True))
+    return scores.detach() if scores.dim() == 1 else weight.turned(scores.detach(), back=True)
 
 
-def _protect_best_units(layers: Sequence["_Scores"]) -> None:
-    """Rank the best unit of each layer behind all others, lest a layer of small norms cuts the network in two."""
-    for layer in layers:
-        if layer.tensor.dim() == 1 and len(layer.tensor):
-            layer.tensor = layer.tensor.index_fill(0, layer.tensor.argmax(), math.inf)
-
-
-class _Bound(NamedTuple):
-    """A score and its position."""
-
-    value: float
-    position: int
-
-
-@dataclass(eq=False)
-class _Scores:
-    """What a weight, or its units, are ranked by. Positions count through all that are ranked together."""
-
-    name: str
-    tensor: Tensor
-    magnitude: bool = False  # ranked by absolute values
-    start: int = 0  # position of the first score
-    dtype: torch.dtype = torch.float32  # to compare in
-
-    def ranked(self, part: Tensor, out: Any = None) -> Any:
-        """Scores of a part of the tensor."""
-        scores = _array(part.to(self.dtype))
-        return (np if part.is_cpu else torch).abs(scores, out=out) if self.magnitude else scores
-
-    def sample(self, step: int) -> np.ndarray:
-        """The scores at positions that are multiples of a step."""
-        return self.check(_numpy(self.ranked(self.tensor.reshape(-1)[-self.start % step :: step])))
-
-    def check(self, scores: Any) -> Any:
-        """The same scores, if their largest, which would be NaN or infinite, shows none that can't be ranked."""
-        largest = float(scores.max()) if len(scores) else 0.0
-        if math.isnan(largest) or (self.magnitude and math.isinf(largest)):
-            raise ValueError(
-                f"{self.name} must be finite, but has NaN or infinite weights"
-                if self.magnitude
-                else f"the scores of {self.name} contain NaN"
-            )
-        return scores
-
-    def compare(self, low: _Bound, high: _Bound) -> tuple[Tensor, int, np.ndarray, np.ndarray]:
-        """A flat mask of what ranks after both bounds, its count, and indices and scores of what is between them."""
-        flat, on_cpu = self.tensor.reshape(-1), self.tensor.is_cpu
-        library: Any = np if on_cpu else torch
-        size = min(BLOCK if on_cpu else GPU_BLOCK, len(flat))
-        mask = torch.empty(len(flat), dtype=torch.bool, device=flat.device)
-        scratch, buffer, keep = (
-            _array(each) for each in (flat.new_empty(size, dtype=self.dtype), mask.new_empty(size), mask)
-        )
-        kept, indices, between = 0, [np.empty(0, int)], [np.empty(0, np.float32)]
-        for first in range(0, len(flat), max(size, 1)):
-            block = self.check(self.ranked(flat[first : first + size], scratch[: len(flat) - first]))
-            after_high, inside = keep[first : first + size], buffer[: len(block)]
-            _compare(block, high, self.start + first, after_high)
-            _compare(block, low, self.start + first, inside)
-            inside ^= after_high
-            kept += int(library.count_nonzero(after_high))
-            index = library.where(inside)[0]
-            indices.append(_numpy(index) + first)
-            between.append(_numpy(block[index]))
-        return mask, kept, np.concatenate(indices), np.concatenate(between)
-
-
-def _select(scores: Sequence[_Scores], sparsity: float) -> list[Tensor]:
+def _select(ranked: Mapping[str, Tensor], sparsity: float, magnitude: bool = False) -> list[Tensor]:
     """Masks that prune exactly round(sparsity * n) of n scores: the lowest, of equal ones the earlier first.
 
-    A score ranks together with its position, so that no two are equal. The last one to prune most likely lies between
-    two bounds that a sample gives: all are compared with these, and only the few between them are sorted.
+    A score, or its magnitude, ranks together with its position, so that no two are equal. The last one to prune most
+    likely lies between two bounds that a sample gives: all are compared with these, the few between them are sorted.
 
     Source: Floyd and Rivest, "Expected Time Bounds for Selection" (1975).
     """
-    total = 0
-    for part in scores:
-        part.start, total = total, total + part.tensor.numel()
-        part.dtype = functools.reduce(torch.promote_types, [other.tensor.dtype for other in scores], torch.float32)
+    masks = [torch.empty(scores.shape, dtype=torch.bool, device=scores.device) for scores in ranked.values()]
+    total = sum(mask.numel() for mask in masks)
     count = round(sparsity * total)
-    step = 6 * int(total ** (1 / 3) / 20) + 1  # 1 for few scores; out of step with rows of 2, 3, 4, 6, … scores
-    sample = np.concatenate([part.sample(step) for part in scores])
+    step = 6 * int(total ** (1 / 3) / 16) + 1  # 1 for few scores; out of step with rows of 2, 3, 4, 6, … scores
+    dtype = functools.reduce(torch.promote_types, [scores.dtype for scores in ranked.values()], torch.float32)
+    blocks, sample = _in_blocks(ranked, masks, step, dtype)
+    sample = abs(sample) if magnitude else sample
     ordered, rank = np.sort(sample), len(sample) * count / max(total, 1)
-    margin = 2 * math.sqrt(rank * (1 - rank / max(len(sample), 1)) * (1 - len(sample) / max(total, 1))) + (
-        step > 1
-    )  # standard deviations
+    margin = 2 * math.sqrt(rank * (1 - count / max(total, 1)) * (1 - 1 / step)) + (step > 1)  # 2 standard deviations
     while True:
         low, high = (_bound(sample, ordered, math.ceil(rank + side) - 1, step) for side in (-margin, margin))
-        masks, kept, indices, between = zip(*(part.compare(low, high) for part in scores), strict=True)
-        ranked = np.concatenate(between)
-        excess = count - (total - sum(kept) - len(ranked))  # how many of those between to prune
-        if 0 <= excess <= len(ranked):
+        kept, indices, values = 0, [], [sample[:0]]
+        for name, part, keep, start in blocks:
+            library: Any = np if part.is_cpu else torch  # on the CPU, NumPy compares several times faster than torch
+            scores = part.to(dtype).numpy() if part.is_cpu else part.to(dtype)
+            scores = abs(scores) if magnitude else scores
+            if magnitude and not math.isfinite(scores.max()):
+                raise ValueError(f"{name} must be finite, but has NaN or infinite weights")
+            _compare(scores, start, high, keep)
+            inside = _compare(scores, start, low, library.empty_like(keep))
+            inside ^= keep
+            kept += int(library.count_nonzero(keep))
+            indices.append(library.where(inside)[0])
+            values.append(scores[indices[-1]] if part.is_cpu else scores[indices[-1]].cpu().numpy())
+        between = np.concatenate(values)
+        excess = count - (total - kept - len(between))  # how many of those between are to be pruned
+        if 0 <= excess <= len(between):
             break
         margin = 4 * margin + 1  # the sample misled
-    keep = np.empty(len(ranked), bool)
-    _compare(ranked, _bound(ranked, np.sort(ranked), excess - 1), 0, keep)
-    for mask, index in zip(masks, indices, strict=True):
-        now, keep = keep[: len(index)], keep[len(index) :]
-        mask.index_fill_(0, torch.from_numpy(index[now]).to(mask.device), True)
-    return [mask.view(part.tensor.shape) for mask, part in zip(masks, scores, strict=True)]
+    after = _compare(between, 0, _bound(between, np.sort(between), excess - 1), np.empty(len(between), bool))
+    for (_, part, keep, _), index in zip(blocks, indices, strict=True):
+        now, after = after[: len(index)], after[len(index) :]
+        keep[index] = now if part.is_cpu else torch.from_numpy(now).to(part.device)
+    return masks
 
 
-def _bound(scores: np.ndarray, ordered: np.ndarray, rank: int, step: int = 1) -> _Bound:
-    """The score of a rank, where positions are a step apart; for ranks out of range, one before or after all others."""
-    if not 0 <= rank < len(scores):
-        return _Bound(-math.inf, -1) if rank < 0 else _Bound(math.inf, sys.maxsize)
-    value = ordered[rank]
-    equal = np.flatnonzero(scores == value)
-    return _Bound(float(value), step * int(equal[rank - np.searchsorted(ordered, value)]))
+def _in_blocks(
+    ranked: Mapping[str, Tensor], masks: Sequence[Tensor], step: int, dtype: torch.dtype
+) -> tuple[list[tuple[str, Tensor, Any, int]], np.ndarray]:
+    """Parts of the scores, with their names, their masks and their positions through all; every step-th score."""
+    blocks, samples, start = [], [np.empty(0, np.float32)], 0
+    for (name, scores), mask in zip(ranked.items(), masks, strict=True):
+        size = BLOCK if mask.is_cpu else GPU_BLOCK
+        samples.append(scores.reshape(-1)[-start % step :: step].to(dtype).cpu().numpy())
+        for part, keep in zip(scores.reshape(-1).split(size), mask.view(-1).split(size), strict=True):
+            if len(part):
+                blocks.append((name, part, keep.numpy() if keep.is_cpu else keep, start))
+            start += len(part)
+    return blocks, np.concatenate(samples)
 
 
-def _compare(scores: Any, bound: _Bound, start: int, out: Any) -> None:
-    """Which scores rank after a bound; the first of them has the position `start`."""
+def _bound(scores: np.ndarray, ordered: np.ndarray, rank: int, step: int = 1) -> tuple[float, int]:
+    """The score of a rank and its position, if positions are a step apart; out of range, one before or after all."""
+    if rank < 0:
+        return -math.inf, -1
+    if rank >= len(scores) or np.isnan(ordered[rank]):
+        return math.inf, sys.maxsize
+    equal = np.flatnonzero(scores == ordered[rank])
+    return float(ordered[rank]), step * int(equal[rank - np.searchsorted(ordered, ordered[rank])])
+
+
+def _compare(scores: Any, start: int, bound: tuple[float, int], out: Any) -> Any:
+    """Whether each score, the first at position `start`, ranks after a bound."""
     library: Any = np if isinstance(scores, np.ndarray) else torch
-    cut = min(max(bound.position + 1 - start, 0), len(scores))
-    library.greater(scores[:cut], bound.value, out=out[:cut])
-    library.greater_equal(scores[cut:], bound.value, out=out[cut:])
-
-
-def _array(tensor: Tensor) -> Any:
-    """On the CPU an array of the same memory, for NumPy compares several times faster than torch."""
-    return tensor.numpy() if tensor.is_cpu else tensor
-
-
-def _numpy(scores: Any) -> np.ndarray:
-    return scores if isinstance(scores, np.ndarray) else scores.cpu().numpy()
+    value, cut = bound[0], min(max(bound[1] + 1 - start, 0), len(scores))
+    library.greater(scores[:cut], value, out=out[:cut])
+    library.greater_equal(scores[cut:], value, out=out[cut:])
+    return out

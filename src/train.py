@@ -5,6 +5,7 @@ import copy
 import hashlib
 import io
 import json
+import os
 import sys
 import tempfile
 import warnings
@@ -20,6 +21,8 @@ import system
 from config import Config, parse_config, without_effect
 
 if __name__ == "__main__":  # before torch, whose import takes two seconds: a flag and Ctrl-C are answered at once
+    if sys.stderr is None:  # it was closed, and tqdm would take None for a terminal
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
     system.stop_on_signals()
     parse_config()
 
@@ -31,7 +34,7 @@ import compress
 import prune
 import utils
 from costs import format_costs, measure_costs, plot_cost_sparsity
-from data import Batches, Dataset, load
+from data import Batches, DataError, Dataset, load
 from engine import Adam, Engine, Masks, gradual_masks, random_masks
 from model import SIZES, NeuralNetwork
 from system import say
@@ -67,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank, ranks = system.join_ranks()
     device = system.pick_device(config.device)
     dataset = load(config.dataset, config.inputs, holdout=config.holdout, device=device)
+    if dataset.fallback_reason and ranks > 1:  # another rank may have found MNIST
+        raise DataError(f"{dataset.fallback_reason}; with several ranks choose --dataset digits to train on those")
     config = decided(config, dataset, device)
     check_outputs(config)
     announce(dataset, config)
@@ -83,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows += [row for method in config.methods for row in sweep(model, method, dataset, config, seed)]
         write_progress(rows, config, rank)
 
-    rows = system.gather(rows, ranks)
-    return report(rows, dataset, config) if rank == 0 else 0
+    gathered = system.gather(rows, ranks)  # on rank 0
+    return 0 if gathered is None else report(gathered, dataset, config)
 
 
 # ── networks ──
@@ -190,8 +195,8 @@ def pruning(config: Config) -> dict[str, Any]:
 
 
 def progress_bar(batches: Batches, text: str) -> Any:
-    """The batches of an epoch, with a bar if stderr is a terminal; tqdm takes one that was closed for one."""
-    return tqdm(batches, text, leave=False, disable=None if sys.stderr else True)
+    """The batches of an epoch, with a bar if stderr is a terminal."""
+    return tqdm(batches, text, leave=False, disable=None)
 
 
 # ── results ──
@@ -229,8 +234,8 @@ def write_rows(rows: Sequence[Any], path: Path) -> None:
     try:
         utils.write_csv(path, rows)
     except OSError as error:
-        rescued = Path(tempfile.gettempdir()) / f"{os.urandom(4).hex()}_{path.name}"
         try:
+            rescued = Path(tempfile.mkdtemp()) / path.name
             utils.write_csv(rescued, rows)
         except OSError:
             raise error from None
@@ -371,12 +376,13 @@ def load_model(path: Path, device: torch.device) -> nn.Module:
     """
     state, _ = compress.load_compressed(path)
     try:
-        model = NeuralNetwork.from_state_dict(state)
+        model = NeuralNetwork.from_state_dict(state).float()
+        NeuralNetwork.from_state_dict(model.state_dict())  # finite in float32, too
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if (model.sizes[0], model.sizes[-1]) != (784, 10):
         raise ValueError(f"{path} holds a network from {model.sizes[0]} to {model.sizes[-1]} values, not 784 to 10")
-    return model.float().to(device)
+    return model.to(device)
 
 
 def model_facts(path: Path) -> dict[str, Any]:

@@ -150,7 +150,7 @@ def mirrors(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(MNIST, "mirrors", mirrors)
     monkeypatch.setattr(data, "MNIST_FILES", facts(FILES, PACKED))
-    monkeypatch.setattr(data, "TIMEOUT", 0.4)
+    monkeypatch.setattr(data, "TIMEOUT", 0.8)
     return mirrors
 
 
@@ -285,7 +285,7 @@ def test_wrong_bytes_that_nothing_can_replace_are_named(kind, mirrors, tmp_path,
     assert "\n" not in message
     assert f"{raw / LABELS}: " in message
     assert f"Put the four .gz files of MNIST into {raw}, or choose --dataset digits" in message
-    if kind == "huge":
+    if kind in ("huge", "longer"):
         assert f"more than {len(FILES[LABELS])} bytes" in message
     elif kind not in NO_FILES:
         assert f"MD5 {md5((raw / LABELS).read_bytes())}, expected 32 with {md5(FILES[LABELS])}" in message
@@ -298,10 +298,9 @@ def test_wrong_bytes_that_nothing_can_replace_are_named(kind, mirrors, tmp_path,
 def test_a_damaged_gz_is_not_used(kind, mirrors, server, tmp_path, damage):
     raw = put(tmp_path, PACKED)
     damage(raw / f"{IMAGES}.gz", kind)
-    if kind != "longer":  # gzip ignores zeros at the end: the right bytes come out, so it may be used
-        with pytest.raises(data.DataError, match=f"{IMAGES}.gz: "):
-            data.load("mnist", tmp_path)
-        mirrors.append(f"{server.url}/good/")
+    with pytest.raises(data.DataError, match=f"{IMAGES}.gz: "):
+        data.load("mnist", tmp_path)
+    mirrors.append(f"{server.url}/good/")
     assert_is_standin(data.load("mnist", tmp_path))
     assert (raw / IMAGES).read_bytes() == FILES[IMAGES]
 

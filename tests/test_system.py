@@ -23,11 +23,12 @@ import system
 
 def python(code: str, *arguments: object, shell: str = "", **options) -> subprocess.Popen:
     """Start Python with system.py at hand; `shell` is what follows the command on a shell's line."""
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT / 'src')!r})\n{code}"]
-    command += map(str, arguments)
+    command = [sys.executable, "-c", code, *map(str, arguments)]
     if shell:
         command = ["sh", "-c", f'"$@" {shell}', "sh", *command]
-    return subprocess.Popen(command, text=True, **options)
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"} | options.pop("env", {})
+    environment.pop("PYTHONUNBUFFERED", None)  # what Python holds back is part of the matter
+    return subprocess.Popen(command, text=True, env=environment, **options)
 
 
 def names(folder: Path) -> list[str]:
@@ -136,7 +137,7 @@ def test_a_missing_folder_is_named_as_the_user_did(tmp_path):
 def test_a_kill_in_the_middle_of_a_write_leaves_the_old_file_whole_and_other_programs_files_stay(tmp_path):
     """The disk is full again, and this time that is deadly. The file that the killed process leaves may be removed."""
     code = """
-import resource, signal, system; from pathlib import Path
+import resource, signal, sys, system; from pathlib import Path
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
@@ -155,7 +156,7 @@ system.write_file(Path(sys.argv[1]), bytes(60_000))"""
 
 def test_two_processes_that_write_one_file_again_and_again_never_leave_a_mixture(tmp_path):
     code = """
-import system; from pathlib import Path
+import sys, system; from pathlib import Path
 for _ in range(100): system.write_file(Path(sys.argv[1]), sys.argv[2].encode() * 100_000)"""
     path = tmp_path / "file"
     system.write_file(path, b"c" * 100_000)
@@ -209,9 +210,9 @@ with tempfile.TemporaryDirectory() as folder:
 # ── messages ──
 
 TALK = """
-import system; from pathlib import Path
-for _ in range(3):
-    system.say("weights: 98.4 % ± 0.1, 数 " + 20_000 * "x")
+import sys, system; from pathlib import Path
+for length in (5, 20_000, 5):  # less and more than Python holds back
+    system.say("to stdout: 98.4 % ± 0.1, 数 " + length * "x")
     system.warn("to stderr")
 system.write_file(Path(sys.argv[1]), b"written all the same")
 """
@@ -224,14 +225,14 @@ def test_a_run_goes_on_where_a_stream_is_closed_or_full(shell, tmp_path):
     assert (tmp_path / "file").read_text() == "written all the same"
     assert run.returncode == 0  # and Python has nothing to complain of when it ends
     assert errors == ("" if "2>" in shell else 3 * "to stderr\n")
-    assert output.count("weights") == (3 if shell.startswith("2>") else 0)
+    assert (output.count("to stdout"), output.count("to stderr")) == (3 if shell.startswith("2>") else 0, 0)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "terminal"])
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_a_run_goes_on_where_the_reader_has_gone(kind, stream, tmp_path):
     ours, theirs = os.pipe() if kind == "pipe" else os.openpty()
-    wait = "sys.stdin.read()\n"
+    wait = "import sys; sys.stdin.read()\n"
     run = python(wait + TALK, tmp_path / "file", stdin=subprocess.PIPE, start_new_session=True, **{stream: theirs})
     os.close(theirs)
     os.close(ours)
@@ -289,7 +290,7 @@ def test_an_error_is_one_printable_line():
 # ── signals ──
 
 STOP = """
-import system, time; system.stop_on_signals()
+import sys, system, time; system.stop_on_signals()
 try: print("ready", flush=True); time.sleep(60)
 finally:
     print("cleaned up", flush=True)
@@ -335,9 +336,9 @@ print(signal.getsignal(signal.SIGHUP) == before)"""
 
 @pytest.mark.parametrize("stderr", ["closed", "None", "full"])
 def test_a_signal_ends_it_with_its_status_where_nobody_can_read_the_line(stderr):
-    code = "import os, system; system.stop_on_signals()\n"
+    code = "import signal, sys, system; system.stop_on_signals()\n"
     code += {"closed": "sys.stderr.close()", "None": "sys.stderr = None", "full": ""}[stderr]
-    code += "\nimport signal; signal.raise_signal(signal.SIGTERM)"
+    code += "\nsignal.raise_signal(signal.SIGTERM)"
     run = python(code, shell="2> /dev/full" if stderr == "full" else "", stderr=subprocess.PIPE)
     assert run.communicate()[1] == "" and run.returncode == 143
 
@@ -384,7 +385,7 @@ def test_the_machine_is_described_in_plain_values():
 # ── ranks ──
 
 RANKS = """
-import json, os, signal, socket, time
+import json, os, signal, socket, sys, time
 from pathlib import Path
 import torch, torch.distributed
 import system
@@ -396,6 +397,9 @@ def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+def joined(scenario, rank):
+    return folder / f"{scenario}, {rank}: joined"
 
 def start(scenario, rank, ranks, act=lambda rank: None, port=None, meeting=60):
     child = os.fork()
@@ -411,6 +415,7 @@ def start(scenario, rank, ranks, act=lambda rank: None, port=None, meeting=60):
     try:
         rank, ranks = system.join_ranks()
         system.say(f"joined as {rank} of {ranks}")
+        joined(scenario, rank).touch()
         act(rank)
         rows = system.gather([f"row {rank}.{number}" for number in range(2)], ranks)
         (folder / f"{scenario}, {rank}: rows").write_text(json.dumps(rows))
@@ -431,22 +436,25 @@ def wait_for(happens):
     while not happens():
         time.sleep(0.01)
 
-def die(rank):
-    if rank == 1:
-        os._exit(9)
+def dies(scenario, number):
+    def act(rank):
+        if rank == number:
+            wait_for(joined(scenario, 1 - rank).exists)
+            os._exit(9)
+    return act
 
 port = free_port()
 for rank in range(3):
     start("all come", rank, 3, port=port)
 port = free_port()
 for rank in range(2):
-    start("one dies", rank, 2, die, port=port)
+    start("rank 1 dies", rank, 2, dies("rank 1 dies", 1), port=port)
 port = free_port()
 for rank in range(2):
-    start("rank 0 dies", rank, 2, lambda rank: rank or os._exit(9), port=port)
+    start("rank 0 dies", rank, 2, dies("rank 0 dies", 0), port=port)
 start("nobody comes", 0, 2, meeting=1)
 start("nobody came before", 1, 2, meeting=1)
-end("all come", "one dies", "rank 0 dies", "nobody comes", "nobody came before")
+end("all come", "rank 1 dies", "rank 0 dies", "nobody comes", "nobody came before")
 
 # Ctrl-C while a rank waits for the others to start, and while rank 0 waits for rows
 port = free_port()
@@ -461,8 +469,8 @@ end("stopped, alone")
 port = free_port()
 waiting = start("stopped, late", 0, 2, port=port)
 late = start("stopped, late", 1, 2, lambda rank: time.sleep(60) if rank else None, port=port)
-wait_for(lambda: "joined" in (folder / "stopped, late, 0: output").read_text())
-time.sleep(0.3)  # it gathers
+wait_for(joined("stopped, late", 0).exists)
+time.sleep(0.5)  # it gathers
 os.kill(waiting, signal.SIGTERM)
 report["waited for"] = os.waitstatus_to_exitcode(os.waitpid(waiting, 0)[1])
 report["the late one lives"] = os.waitpid(late, os.WNOHANG) == (0, 0)
@@ -476,7 +484,7 @@ print(json.dumps(report))
 def ranks(tmp_path_factory):
     """The exit status of every process above, which one fresh interpreter starts, and the folder of what they said."""
     folder = tmp_path_factory.mktemp("ranks")
-    run = python(RANKS, folder, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    run = python(RANKS, folder, stdout=subprocess.PIPE)
     report = run.communicate(timeout=300)[0]
     assert run.returncode == 0
     return json.loads(report), lambda name: (folder / name).read_text()
@@ -491,12 +499,12 @@ def test_all_rows_come_to_rank_0_which_alone_speaks(ranks):
     assert [said(f"all come, {rank}: errors") for rank in range(3)] == ["", "", ""]
 
 
-@pytest.mark.parametrize(("scenario", "rank", "dead"), [("one dies", 0, 1), ("rank 0 dies", 1, 0)])
-def test_a_rank_that_dies_is_named_by_those_that_wait_for_it(scenario, rank, dead, ranks):
+@pytest.mark.parametrize(("rank", "dead"), [(0, 1), (1, 0)])
+def test_a_rank_that_dies_is_named_by_the_one_that_waits_for_it(rank, dead, ranks):
     status, said = ranks
-    assert (status[f"{scenario}, {rank}"], status[f"{scenario}, {dead}"]) == (1, 9)
-    assert said(f"{scenario}, {rank}: errors").startswith(f"rank {dead} ended before")
-    assert said(f"{scenario}, {rank}: errors").count("\n") == 1
+    assert (status[f"rank {dead} dies, {rank}"], status[f"rank {dead} dies, {dead}"]) == (1, 9)
+    errors = said(f"rank {dead} dies, {rank}: errors")
+    assert errors.startswith(f"rank {dead} ended before") and errors.count("\n") == 1
 
 
 @pytest.mark.parametrize(("scenario", "rank"), [("nobody comes", 0), ("nobody came before", 1)])

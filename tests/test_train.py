@@ -293,7 +293,7 @@ def test_a_kept_network_can_be_swept_and_nothing_is_claimed_of_its_training(tmp_
     assert run_digits(tmp_path, *QUICK, "--keep", "unit:50", "--learning-rate", "1e-3") == 0
     kept = tmp_path / "models/digits_unit_50.bin"
     whole = kept.read_bytes()
-    with pytest.raises(FileExistsError, match="--keep would overwrite .*digits_unit_50.bin, which --model reads"):
+    with pytest.raises(FileExistsError, match=r"--keep would overwrite .*digits_unit_50.bin, which --model reads"):
         run_digits(tmp_path, "--model", str(kept), "--keep", "unit:50")
     assert kept.read_bytes() == whole
     _, info = compress.load_compressed(kept)

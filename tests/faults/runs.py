@@ -14,6 +14,7 @@ from conftest import ROOT
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+import costs
 import model
 import utils
 
@@ -35,7 +36,8 @@ def empty_plot(*_: object) -> Figure:
 def be_small() -> None:
     """A small network and empty plots, which take a tenth of the time, in the run that follows."""
     model.NeuralNetwork, model.SIZES = SmallNetwork, SMALL  # type: ignore[misc]
-    utils.plot_accuracy_sparsity = utils.plot_accuracy_weights = empty_plot
+    utils.plot_accuracy_sparsity = utils.plot_accuracy_weights = costs.plot_cost_sparsity = empty_plot
+    costs.ROUNDS, costs.ROUND_SECONDS = 1, 1e-3
 
 
 def flags_for(folder: Path, *flags: str) -> list[str]:

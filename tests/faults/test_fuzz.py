@@ -73,7 +73,7 @@ COSTS: list[Any] = [
 # What main alone hands on is of the right type, if of any value: Python's AttributeError will do for the rest.
 TYPED = {
     *("rows", "costs", "curve", "dense", "title", "column", "figure", "logits", "targets", "batches", "batch", "score"),
-    *("retrain", "published", "device", "steps", "seed", "data", "prune_output"),
+    *("retrain", "published", "device", "steps", "seed", "data", "prune_output", "limit"),
 }  # fmt: skip
 ANYTHING = [*SCALARS, *OTHERS, *TENSORS, *MODELS, *MASKS]
 LIKELY: dict[str, list[Any]] = {  # by the name of the argument
@@ -209,6 +209,7 @@ def arguments(function: Callable[..., Any], chance: random.Random, folder: Path)
         given |= {"masks": chance.choice((None, [None] * 4, [chance.choice(MASKS)] * 4))}
     if "batches" in given and chance.random() < 0.7:
         given["model"] = copy.deepcopy(MODELS[0])
+        given["batches"] = chance.choice((given["batches"], copy.deepcopy(BATCHES[0])))
     if function is compress.latency:
         given["min_run_time"] = 0.001
     if function is data.load:  # no downloads; a device is torch's to refuse; anything is true or false enough

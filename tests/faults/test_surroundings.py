@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -141,11 +142,12 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_run_that_nobody_can_read_still_writes_its_files(fault, tmp_path):
-    run = Run(tmp_path / "run", "--k", "90", "100", faults=(FAULTS[fault],))  # emptied layers are warned of on stderr
+    flags = ("--k", "100", "--costs")  # emptied layers are warned of, and costs have a bar
+    run = Run(tmp_path / "run", *flags, faults=(FAULTS[fault],))
     assert run.end() == 0, run.errors
     written = {path.name for path in (tmp_path / "run").rglob("*.*")}
     assert written == {
-        "digits_model.bin", "digits_model.json",
+        *("digits_model.bin", "digits_model.json", "digits_cost_sparsity.csv", "digits_cost_sparsity.png"),
         *(f"digits_accuracy_{name}" for name in ("sparsity.csv", "sparsity.png", "weights.png")),
     }  # fmt: skip
 
@@ -246,17 +248,17 @@ def be_nobody() -> None:
         os.seteuid(65534)
 
 
-def test_a_folder_that_cannot_be_written_to_is_told_before_any_training(tmp_path):
-    folder = tmp_path / "run" / "p"
-    folder.mkdir(parents=True)
-    folder.chmod(0o555)
-    folder.parent.chmod(0o777)
-    for parent in folder.parents[1:-2]:  # pytest's own are private
-        parent.chmod(parent.stat().st_mode | 0o111)
-    run = Run(tmp_path / "run", faults=(be_nobody,))
-    assert run.end() == 1
-    assert str(folder) in run.errors and run.errors.count("\n") == 1
-    assert run.output == ""
+def test_a_folder_that_cannot_be_written_to_is_told_before_any_training():
+    with tempfile.TemporaryDirectory() as place:  # pytest's own folders are private
+        Path(place).chmod(0o755)
+        folder = Path(place) / "run" / "p"
+        folder.mkdir(parents=True)
+        folder.chmod(0o555)
+        folder.parent.chmod(0o777)
+        run = Run(folder.parent, faults=(be_nobody,))
+        assert run.end() == 1
+        assert str(folder) in run.errors and run.errors.count("\n") == 1
+        assert run.output == ""
 
 
 LARGEST = {  # file in bytes → what is written after all, and what is named

@@ -1,0 +1,76 @@
+"""The README keeps its word: commands, snippets, links, and numbers that stand in committed files."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import utils
+
+PAGES = ["README.md", "plots/README.md"]
+
+
+def text(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def tables(page: str) -> list[list[list[str]]]:
+    """Every table of a page, as lines of cells; the first line is the head."""
+    blocks = re.findall(r"(?:^\|.*\n)+", text(page), re.M)
+    return [
+        [[cell.strip() for cell in line.strip("| \n").split("|")] for line in block.splitlines() if "---" not in line]
+        for block in blocks
+    ]
+
+
+def test_the_readme_is_short_and_names_the_two_commands():
+    words = re.sub(r"```.*?```", "", text("README.md"), flags=re.S).split()
+    assert len(words) <= 1300
+    assert "\npip install -r requirements.txt && python src/train.py\n" in text("README.md")
+    assert "\npip install -r requirements-dev.txt && python -m pytest -n 2\n" in text("README.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", text(page))
+    assert links
+    assert [link for link in links if not ((ROOT / page).parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_accuracies_are_means_of_committed_rows(page):
+    """Columns such as "dense" or "weights 95", rows that link to their CSV; fine-tuned if their name says so."""
+    checked = 0
+    for head, *lines in tables(page):
+        for name, *cells in lines:
+            if not (link := re.search(r"\]\(([^)]+\.csv)\)", name)):
+                continue
+            rows = utils.read_csv((ROOT / page).parent / link[1])
+            for column, cell in zip(head[1:], cells, strict=True):
+                if column == "seeds":
+                    assert cell == str(len({row.seed for row in rows}))
+                elif found := re.fullmatch(r"(?:(weight|unit)s (\S+)|dense)", column):
+                    method, k = found[1] or "weight", float(found[2] or 0)
+                    point = [row for row in rows if row.method == method and row.k_percent == k]
+                    field = "finetuned_percent" if "fine-tun" in name else "accuracy_percent"
+                    values = [getattr(row, field) for row in point]
+                    spread = f" ± {np.std(values, ddof=1):.2f}" if "±" in cell else ""
+                    assert cell.strip("*") == f"{np.mean(values):.2f}{spread}", (name, column)
+                    checked += 1
+    assert checked >= 20
+
+
+@pytest.mark.parametrize("number", range(len(re.findall(r"```python\n", text("README.md")))))
+def test_snippets_run_when_pasted(number):
+    code = re.findall(r"```python\n(.*?)```", text("README.md"), re.S)[number]
+    before = {path for path in ROOT.glob("*/*") if ".git" not in path.parts}
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+    for made in {path for path in ROOT.glob("*/*") if ".git" not in path.parts} - before:
+        if isinstance(made, Path) and made.is_file():
+            made.unlink()
