@@ -239,7 +239,7 @@ class SparseLinear(nn.Linear):
 
     def __init__(self, layer: Any) -> None:
         nn.Module.__init__(self)
-        weight, self.bias = layer.weight.detach(), copy.deepcopy(layer.bias)
+        weight = layer.weight.detach()
         self.out_features, self.in_features = weight.shape
         rows, columns = weight.nonzero(as_tuple=True)
         self.nonzero, starts = len(rows), weight.count_nonzero(1).repeat(PARTS).cumsum(0)
@@ -247,6 +247,7 @@ class SparseLinear(nn.Linear):
         self.starts = nn.Buffer(nn.functional.pad(starts, (1, 0)).int())  # (PARTS * out_features + 1,)
         self.columns = nn.Buffer((columns + shifts).flatten().int())  # (PARTS * nonzero,); MKL copies wider indices
         self.values = nn.Parameter(weight[rows, columns].repeat(PARTS))  # (PARTS * nonzero,)
+        self.register_parameter("bias", copy.deepcopy(layer.bias))
 
     def _csr(self) -> Tensor:
         """The weights once, in the memory of the repeated ones."""

@@ -104,7 +104,8 @@ class Engine:
 
         Raises:
             FloatingPointError: the mean loss exceeds `DIVERGED`, or it or a weight became NaN or infinite.
-            ValueError: no optimizer, no batches, or targets that are not one a logit row.
+            ValueError: no optimizer, no batches, targets that are not one a logit row, or masks that end too soon or
+                are another model's.
             IndexError, RuntimeError: as `loss`, or as the model on images that it cannot take.
         """
         if self.optimizer is None:
@@ -115,7 +116,7 @@ class Engine:
         samples = 0
         for images, targets in batches:
             self.optimizer.zero_grad()
-            with self._pruned(None if self.masks is None else next(self.masks)):
+            with self._pruned(self._next_masks()):
                 with torch.autocast(images.device.type, self.precision, enabled=self.precision != torch.float32):
                     logits = self._classify(images, targets)  # (B, classes)
                 loss = self.loss(logits, targets)
@@ -144,6 +145,13 @@ class Engine:
         if self.scheduler is not None:
             self.scheduler.step()
 
+    def _next_masks(self) -> Masks | None:
+        if self.masks is None:
+            return None
+        for masks in self.masks:
+            return masks
+        raise ValueError("there are fewer masks than steps: itertools.repeat(masks) holds the same ones throughout")
+
     @contextlib.contextmanager
     def _pruned(self, masks: Masks | None) -> Iterator[None]:
         """Prune the weights for the time of a pass; the dense ones come back for the step."""
@@ -151,6 +159,8 @@ class Engine:
             yield
             return
         parameters = dict(self.model.named_parameters())
+        if unknown := masks.keys() - parameters.keys():
+            raise ValueError(f"the model has no parameter {', '.join(sorted(unknown))}, which the masks name")
         dense = {parameters[name]: parameters[name].data for name in masks}
         for parameter, weight in dense.items():
             parameter.data = weight.clone()  # 3 ms of a step of 50, and nothing has to be copied back

@@ -1,8 +1,8 @@
 """Prune any PyTorch model: find masks of what to remove, apply them, and see what each sparsity costs.
 
 A mask is a boolean tensor of a weight's own shape, True = keep. Masks come in a plain dict by parameter name, such as
-{"fc1.weight": ...}, fit for torch.save. Finding masks changes nothing; applying them makes zeros, and pruned models stay
-plain modules without hooks. ``torch.nn.utils.prune.custom_from_mask`` takes these masks; this gives torch's own:
+{"fc1.weight": ...}, fit for torch.save. Finding masks changes nothing; applying them makes zeros, and pruned models
+stay plain modules without hooks. ``torch.nn.utils.prune.custom_from_mask`` takes these masks; this gives torch's own:
 
     {name.removesuffix("_mask"): mask.bool() for name, mask in model.named_buffers() if name.endswith("_mask")}
 
@@ -450,7 +450,7 @@ def _matrices(model: nn.Module) -> list[_Weight]:
             if isinstance(module, lists) and id(parameter) in users:
                 continue
             users.setdefault(id(parameter), set()).add(name)
-            dim = layer_dim if own == "weight" or parameter is None and own in computed else None
+            dim = layer_dim if own == "weight" or (parameter is None and own in computed) else None
             is_lazy = nn.parameter.is_lazy(parameter)
             if dim is not None or (parameter is not None and not is_lazy and parameter.dim() > 1):
                 new = _Weight(parameter, module, dim, [], [], [])
@@ -646,10 +646,10 @@ def _select(ranked: Mapping[str, Tensor], sparsity: float, magnitude: bool = Fal
     margin = 2 * math.sqrt(rank * (1 - count / max(total, 1)) * (1 - 1 / step)) + (step > 1)  # 2 standard deviations
     while True:
         low, high = (_bound(sample, ordered, math.ceil(rank + side) - 1, step) for side in (-margin, margin))
-        kept, indices, values = 0, [], [sample[:0]]
+        kept, indices, values = 0, [], [sample[:0]]  # type: int, list[Any], list[Any]
         for name, part, keep, start in blocks:
             library: Any = np if part.is_cpu else torch  # on the CPU, NumPy compares several times faster than torch
-            scores = part.to(dtype).numpy() if part.is_cpu else part.to(dtype)
+            scores: Any = part.to(dtype).numpy() if part.is_cpu else part.to(dtype)
             scores = abs(scores) if magnitude else scores
             if magnitude and not math.isfinite(scores.max()):
                 raise ValueError(f"{name} must be finite, but has NaN or infinite weights")

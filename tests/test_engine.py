@@ -203,6 +203,16 @@ def test_unit_lasso_pulls_whole_filters_and_leaves_frozen_layers():
     assert all(torch.equal(model.state_dict()[name], before[name]) for name in ("0.weight", "3.weight"))
 
 
+def test_masks_that_do_not_fit_are_told():
+    model = NeuralNetwork((8, 5, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    masks = prune.find_masks(model, "weight", 0.5)
+    with pytest.raises(ValueError, match="fewer masks than steps"):
+        Engine(model, optimizer, masks=[masks]).train_epoch(some_batches(8, 8))
+    with pytest.raises(ValueError, match=r"no parameter fc9\.weight"):
+        Engine(model, optimizer, masks=[{"fc9.weight": masks["fc1.weight"]}]).train_epoch(some_batches(8))
+
+
 def test_divergence_is_told():
     model = NeuralNetwork((8, 5, 3))
     engine = Engine(model, torch.optim.SGD(model.parameters(), lr=1e30))

@@ -527,18 +527,3 @@ def test_two_ranks_write_what_one_process_writes(tmp_path):
     assert files(tmp_path / "one") == files(tmp_path / "two")
     for name in (CSV, "models/digits_model.bin"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-
-
-# ── the README ──
-
-
-def test_the_readme_names_the_commands_and_its_snippets_run(tmp_path):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "\npip install -r requirements.txt && python src/train.py\n" in text
-    assert "\npip install -r requirements-dev.txt && python -m pytest -n 2\n" in text
-    snippets = [code for code in re.findall(r"```python\n(.*?)```", text, re.S) if "mnist_unit_60" not in code]
-    assert len(snippets) == 2
-    for code in snippets:
-        done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout

@@ -133,7 +133,7 @@ def gradually(model: Any, method: Any, sparsity: Any, steps: Any, **choice: Any)
 
 LEFT_OUT = {  # made by the others, and checking nothing; what is for axes of our own; what ends or silences a process
     *(prune.SweepPoint, compress.SparseLinear, data.Dataset, data.DataError, utils.Row, utils.Curve, utils.Published),
-    *(CostRow, utils.new_figure, utils.add_title, utils.stretch_k_axis, utils.log_axis, utils.label_ends),
+    *(CostRow, utils.new_figure, utils.stretch_k_axis, utils.log_axis, utils.label_ends),
     *(system.say, system.warn, system.stop_on_signals, system.exit_status, system.join_ranks, system.gather),
     system.product_time,
 }
