@@ -28,8 +28,7 @@ def tables(page: str) -> list[list[list[str]]]:
 
 
 def test_the_readme_is_short_and_names_the_two_commands():
-    words = re.sub(r"```.*?```", "", text("README.md"), flags=re.S).split()
-    assert len(words) <= 1300
+    assert len(text("README.md").split()) <= 1300
     assert "\npip install -r requirements.txt && python src/train.py\n" in text("README.md")
     assert "\npip install -r requirements-dev.txt && python -m pytest -n 2\n" in text("README.md")
 
@@ -61,7 +60,7 @@ def test_accuracies_are_means_of_committed_rows(page):
                     spread = f" ± {np.std(values, ddof=1):.2f}" if "±" in cell else ""
                     assert cell.strip("*") == f"{np.mean(values):.2f}{spread}", (name, column)
                     checked += 1
-    assert checked >= 20
+    assert checked >= 16
 
 
 @pytest.mark.parametrize("number", range(len(re.findall(r"```python\n", text("README.md")))))
