@@ -31,6 +31,7 @@ ELEMENTWISE = (  # in eval mode; of nn.Sequential, empty ones
 SPARSE_DENSITY = 1 / 3  # measured on batches of 32 and more: sparse wins below 0.3 to 0.45, with AVX2 and with AVX-512
 SUM_BATCH = 16  # from this batch size on, summing rows beats MKL's CSR product
 PARTS, WIDTH = 4, 64  # 64 values of each of 1,000 features, 256 kB, stay in the cache of a core
+CACHED = 2**18  # values of all features, 1 MB, of which a layer by itself makes blocks
 
 with warnings.catch_warnings(action="ignore"):  # torch calls CSR tensors a beta feature, once a process
     torch.sparse_csr_tensor([0, 0], [], [], (1, 1), dtype=torch.float32, device="cpu")
@@ -195,15 +196,14 @@ def to_sparse(model: nn.Module) -> nn.Module:
     return model
 
 
-# Up to 256 images are cut into parts of up to 64, each is turned, and they lie one below the other. The weights W are
-# repeated for every part, as the blocks of a block-diagonal matrix:
+# Features lie in rows, features x images, so that each weight scales a contiguous row. A layer by itself turns its
+# input and leaves its output turned in memory, where elementwise layers keep it and the next sparse layer finds it. In
+# chains, 256 images are cut into parts of 64, and W (out, in) is repeated for each, as blocks of a diagonal matrix:
 #
-#     W . . .     part 0 (in, 64)     part 0 (out, 64)     Row i of a part holds feature i of its 64 images, so each
-#     . W . .  @  part 1 (in, 64)  =  part 1 (out, 64)     weight scales a contiguous row. One product takes all parts;
-#     . . W .     part 2 (in, 64)     part 2 (out, 64)     as a thread goes through one after the other, what it reads
-#     . . . W     part 3 (in, 64)     part 3 (out, 64)     stays in the cache of its core.
-#
-# The layers of a chain pass these blocks on as they are.
+#     W . . .     part 0 (in, 64)     part 0 (out, 64)     One product takes all parts, and as a thread goes through
+#     . W . .  @  part 1 (in, 64)  =  part 1 (out, 64)     one after the other, what it reads stays in the cache of its
+#     . . W .     part 2 (in, 64)     part 2 (out, 64)     core. The next layer takes the parts as they are.
+#     . . . W     part 3 (in, 64)     part 3 (out, 64)
 
 
 def _forward_chain(chain: list[Any], features: Tensor) -> Tensor:
@@ -223,15 +223,27 @@ def _multiply(layers: list[Any], features: Tensor) -> Tensor:
     if torch.is_autocast_enabled(device) and first.values.dtype != torch.float64:
         with torch.autocast(device, enabled=False):  # the sums have no kernel of mixed types
             return _multiply(layers, features.to(first.values.dtype)).to(torch.get_autocast_dtype(device))
-    outputs = []
-    for batch in features.reshape(-1, features.shape[-1]).split(PARTS * WIDTH):  # (B, in)
-        parts = max(1, -(-len(batch) // WIDTH))
-        padded = nn.functional.pad(batch, (0, 0, 0, -len(batch) % parts)) if len(batch) % parts else batch
-        blocks = padded.unflatten(0, (parts, -1)).transpose(1, 2).contiguous()  # (parts, in, B / parts)
-        for layer in layers:
+    batch = features.reshape(-1, first.in_features)  # (B, in)
+    if len(layers) == 1:
+        width = WIDTH * min(max(CACHED // first.in_features // WIDTH, 1), PARTS)
+        products = [first.multiply(piece.contiguous().unsqueeze(0))[0] for piece in batch.t().split(width, dim=1)]
+        output = (torch.cat(products, dim=1) if len(products) > 1 else products[0]).t()  # (B, out)
+    else:
+        output = torch.cat([_multiply_parts(layers, images) for images in batch.split(PARTS * WIDTH)])
+    return output.reshape(*features.shape[:-1], output.shape[1])
+
+
+def _multiply_parts(layers: list[Any], batch: Tensor) -> Tensor:
+    """Up to PARTS * WIDTH images, (B, in_features) to (B, out_features)."""
+    parts = max(1, -(-len(batch) // WIDTH))
+    padded = nn.functional.pad(batch, (0, 0, 0, -len(batch) % parts)) if len(batch) % parts else batch
+    blocks = padded.unflatten(0, (parts, -1)).transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    for layer in layers:  # (parts, in, B / parts)
+        if type(layer) is nn.ReLU:
+            blocks.relu_()  # memory that is new costs more than the sums
+        else:
             blocks = layer.multiply(blocks) if isinstance(layer, SparseLinear) else layer(blocks)
-        outputs.append(blocks.transpose(1, 2).flatten(0, 1)[: len(batch)])
-    return torch.cat(outputs).view(*features.shape[:-1], outputs[0].shape[1])
+    return blocks.transpose(1, 2).flatten(0, 1)[: len(batch)]
 
 
 class SparseLinear(nn.Linear):
@@ -322,6 +334,8 @@ def stored_bytes(model_or_state_dict: nn.Module | dict[str, Any]) -> int:
 
 def load_compressed(path: str | Path, *, limit: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Load what `save_compressed` wrote: the state_dict, on the CPU, and `info`. Nothing in it is ever executed.
+
+    A state_dict as torch.save wrote it is read as well, its checksums verified, too.
 
     Args:
         path: the file.

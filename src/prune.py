@@ -11,14 +11,13 @@ This file needs nothing but torch and numpy: copy it beside any notebook.
 
 import copy
 import difflib
-import functools
 import itertools
 import math
 import numbers
-import sys
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -92,12 +91,8 @@ def weight_mask(weight: Tensor, sparsity: float) -> Tensor:
         weight: any shape, finite, fp16 to fp64.
         sparsity: fraction in [0, 1]: exactly ``round(sparsity * weight.numel())`` go, of equal ones the earlier first.
 
-    Returns:
-        Boolean tensor of weight's shape, True = keep.
-
-    Raises:
-        TypeError, ValueError: sparsity is no number in [0, 1], or weight can't be ranked.
-
+    Returns: a boolean tensor of weight's shape, True = keep.
+    Raises: TypeError, ValueError: sparsity is no number in [0, 1], or weight can't be ranked.
     Source: Han et al., "Learning both Weights and Connections for Efficient Neural Networks" (2015).
 
     Example:
@@ -105,7 +100,7 @@ def weight_mask(weight: Tensor, sparsity: float) -> Tensor:
         tensor([[ True, False],
                 [ True, False]])
     """
-    return _select({"weight": _rankable("weight", weight)}, _fraction(sparsity), magnitude=True)[0]
+    return _select({"weight": _checked("weight", weight)}, _fraction(sparsity), magnitude=True)[0]
 
 
 def unit_mask(weight: Tensor, sparsity: float, dim: int = 0) -> Tensor:
@@ -116,12 +111,8 @@ def unit_mask(weight: Tensor, sparsity: float, dim: int = 0) -> Tensor:
         sparsity: fraction in [0, 1]: exactly ``round(sparsity * units)`` go, of equal ones the earlier first.
         dim: the dimension that counts units: 0 in a Linear's (out, in), where a row is a unit.
 
-    Returns:
-        Boolean tensor of weight's shape, True = keep, the same throughout a unit.
-
-    Raises:
-        TypeError, ValueError: sparsity is no number in [0, 1], dim no dimension, or weight can't be ranked.
-
+    Returns: a boolean tensor of weight's shape, True = keep, the same throughout a unit.
+    Raises: TypeError, ValueError: sparsity is no number in [0, 1], dim no dimension, or weight can't be ranked.
     Source: Li et al., "Pruning Filters for Efficient ConvNets" (2017), here with the L2 norm.
 
     Example:
@@ -129,7 +120,7 @@ def unit_mask(weight: Tensor, sparsity: float, dim: int = 0) -> Tensor:
         tensor([[ True,  True],
                 [False, False]])
     """
-    weight = _rankable("weight", weight)
+    weight = _checked("weight", weight)
     if not isinstance(dim, numbers.Integral) or isinstance(dim, bool):
         raise TypeError(f"dim must be an integer, got {dim!r}")
     if not -weight.dim() <= dim < weight.dim():
@@ -169,18 +160,12 @@ def find_masks(
             stays so. Unit methods take weights of the layers in `LAYERS` alone.
         generator: source of the random methods' numbers. None: they follow ``torch.manual_seed``, the same each time.
 
-    Returns:
-        Masks by parameter name, such as "fc1.weight", True = keep. Unit methods mask the biases, too ("fc1.bias"), but
-        not those that other layers share; and a BatchNorm behind a pruned unit still emits its shift.
-
-    Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: an argument out of range; nothing to prune; a method that fails; a weight that can't be ranked
-            (lazy, meta, sparse, integer, quantized, distributed, expanded, not finite, computed from others …).
-
-    Warns:
-        UserWarning: a layer loses everything; the spared layer is probably not the output, or not all of it; a tenth or
-            more of the model's matrices stays dense because `LAYERS` lacks their classes.
+    Returns: masks by parameter name, such as "fc1.weight", True = keep. Unit methods mask the biases, too ("fc1.bias"),
+        but not those that other layers share; and a BatchNorm behind a pruned unit still emits its shift.
+    Raises: TypeError, ValueError: an argument of the wrong type or range; nothing to prune; a method that fails; a
+        weight that can't be ranked (lazy, meta, sparse, quantized, expanded, not finite, computed from others …).
+    Warns: UserWarning: a layer loses everything; the spared layer is probably not the output, or not all of it; a tenth
+        or more of the weights stays dense because `LAYERS` lacks the classes of their modules.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -188,11 +173,14 @@ def find_masks(
         >>> {name: mask.count_nonzero().item() for name, mask in masks.items()}
         {'0.weight': 8, '0.bias': 2}
     """
-    sparsity, generator = _fraction(sparsity), _local(generator)
+    sparsity = _fraction(sparsity)
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}")
     if scope not in ("layer", "global"):
         raise ValueError(f"unknown scope {scope!r}: expected layer or global")
+    if not isinstance(generator, torch.Generator | None):
+        raise TypeError(f"generator must be a torch.Generator, got {generator!r}")
+    generator = generator or torch.Generator("cpu").manual_seed(torch.initial_seed())  # of its own, for threads' sake
     weights, doubts = _chosen(model, skip, prune_output, only)
     masks: dict[str, Tensor] = {}
     for group in [weights] if scope == "global" else [[weight] for weight in weights]:
@@ -216,9 +204,8 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         model: any module, also wrapped by torch.compile or DataParallel.
         masks: boolean tensors by parameter name, True = keep, of the parameters' shapes, on any device.
 
-    Raises:
-        TypeError: masks isn't a mapping of names to boolean tensors.
-        ValueError: the model has no such parameter, or one of another shape, or it can't be pruned.
+    Raises: TypeError: masks isn't a mapping of names to boolean tensors. ValueError: the model has no such parameter,
+        or one of another shape, or one that can't be pruned.
 
     Example:
         >>> model = nn.Linear(2, 1, bias=False)
@@ -234,7 +221,7 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     for name, mask in masks.items():
         if name not in parameters:
             raise ValueError(f"the model has no parameter {name!r}{_near(name, parameters)}")
-        parameter = _prunable(name, parameters[name])
+        parameter = _checked(name, parameters[name], in_place=True)
         if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
             got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"the mask of {name} must be a boolean tensor (True = keep), got {got}")
@@ -271,7 +258,7 @@ def achieved_sparsity(
         >>> achieved_sparsity(nn.Linear(4, 4), prune_output=True)
         0.0
     """
-    tensors = [_prunable(weight.names[0], weight.parameter) for weight in _chosen(model, skip, prune_output, only)[0]]
+    tensors = [weight.tensor() for weight in _chosen(model, skip, prune_output, only)[0]]
     total = sum(tensor.numel() for tensor in tensors)
     return (total - sum(int(tensor.count_nonzero()) for tensor in tensors)) / max(total, 1)
 
@@ -302,15 +289,12 @@ def sweep(
         model, method, scope, and skip, prune_output, only as options: as in `find_masks`.
         sparsities: fractions in [0, 1], in any order.
         score: gets a pruned copy in eval mode; what it returns, such as an accuracy, is passed through.
-        generator: as in `find_masks`; the same numbers for all points, so that larger sparsities prune supersets.
+        generator: as in `find_masks`. It stays as it is: all points use its next numbers, and so prune supersets.
         retrain: gets the copy in training mode (modules that are frozen in a model in training mode stay so) and the
             masks. It trains the copy in place, its masks held, or recalibrates it; the copy is then scored again.
 
-    Returns:
-        A point for each sparsity, in their order.
-
-    Raises:
-        TypeError, ValueError: as `find_masks`, before anything is scored.
+    Returns: a point for each sparsity, in their order.
+    Raises: TypeError, ValueError: as `find_masks`, before anything is scored.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -321,10 +305,9 @@ def sweep(
         raise TypeError(f"sparsities must be several numbers in [0, 1], got {sparsities!r}")
     if not callable(score) or not (retrain is None or callable(retrain)):
         raise TypeError(f"score and retrain must be functions, got {score!r} and {retrain!r}")
-    fractions, points, local = [_fraction(sparsity) for sparsity in sparsities], [], _local(generator)
-    seed = int(torch.randint(2**62, (), generator=local, device=local.device))
-    for sparsity in fractions:
-        again = torch.Generator(local.device).manual_seed(seed)
+    points = []
+    for sparsity in [_fraction(sparsity) for sparsity in sparsities]:
+        again = generator and generator.clone_state()
         masks = find_masks(model, method, sparsity, scope=scope, generator=again, **options)
         pruned = copy.deepcopy(model).eval()
         apply_masks(pruned, masks)
@@ -347,8 +330,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         model: any module, best in the mode in which it will be used.
         batches: inputs, or tuples that begin with them, such as (images, labels); moved to the model's device.
 
-    Raises:
-        ValueError: there are no batches.
+    Raises: ValueError: there are no batches.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
@@ -384,18 +366,22 @@ class _Weight:
     """A matrix of the model, or more dimensions."""
 
     parameter: Any  # None if it is computed from other parameters
-    module: Any  # the first that uses it
     dim: int | None  # that counts outputs; None if LAYERS doesn't tell
-    names: list[str]  # such as fc1.weight; several if it is shared
-    users: list[str]  # names of all modules that use it
-    biases: list[str]  # names of those that only these modules use
+    groups: int
+    convolves: bool
+    names: list[str] = field(default_factory=list)  # such as fc1.weight; several if it is shared
+    users: list[str] = field(default_factory=list)  # names of all modules that use it
+    biases: dict[int, str] = field(default_factory=dict)  # names of those that no other modules use
+
+    def tensor(self) -> Tensor:
+        return _checked(self.names[0], self.parameter, in_place=True)
 
     def turned(self, tensor: Tensor, back: bool = False) -> Tensor:
         """From the weight's own layout to (out, in / groups, …), or back."""
+        ends = (1, (self.dim or 0) + 1)
         if not self.dim:
             return tensor
-        ends = (1, self.dim + 1) if back else (self.dim + 1, 1)
-        return tensor.unflatten(0, (getattr(self.module, "groups", 1), -1)).movedim(*ends).flatten(0, 1)
+        return tensor.unflatten(0, (self.groups, -1)).movedim(*(ends if back else ends[::-1])).flatten(0, 1)
 
     def masks(self, keep: Tensor) -> dict[str, Tensor]:
         """Masks by parameter name, from one of the weight's shape or (units,)."""
@@ -403,21 +389,7 @@ class _Weight:
             return {self.names[0]: keep}
         weight = self.turned(self.parameter.detach())
         mask = self.turned(keep.view(-1, *[1] * (weight.dim() - 1)).expand_as(weight), back=True).contiguous()
-        return {self.names[0]: mask} | dict.fromkeys(self.biases, keep)
-
-    def sizes(self) -> tuple[int, list[int]]:
-        """How many outputs the layer has, and the numbers of inputs that it may take."""
-        sizes, groups = list(self.parameter.shape), getattr(self.module, "groups", 1)
-        if self.dim is None:
-            return 0, sizes
-        outputs = sizes.pop(self.dim) * (groups if self.dim else 1)
-        inputs = sizes[:1] if hasattr(self.module, "kernel_size") else sizes
-        return outputs, [size * (1 if self.dim else groups) for size in inputs]
-
-    def is_taken(self, inputs: Iterable[int]) -> bool:
-        """Whether its outputs fit: exactly, side by side with a few others, or, of a convolution, flattened."""
-        outputs, most = self.sizes()[0], math.inf if hasattr(self.module, "kernel_size") else 8
-        return outputs == 0 or any(size % outputs == 0 and size <= most * outputs for size in inputs)
+        return {self.names[0]: mask} | dict.fromkeys(self.biases.values(), keep)
 
 
 def _modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -432,48 +404,45 @@ def _modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]
             yield from _modules(module, f"{name}.{child}".lstrip("."))
 
 
-def _layer_dim(module: nn.Module) -> int | None:
-    """What LAYERS has for its class, or the nearest parent."""
-    return next((LAYERS[parent] for parent in type(module).__mro__ if parent in LAYERS), None)
-
-
-def _matrices(model: nn.Module) -> list[_Weight]:
-    """The weights of all layers in LAYERS, and all other matrices, in order of registration."""
+def _matrices(model: nn.Module) -> tuple[list[_Weight], list[str]]:
+    """The weights of all layers in LAYERS and all other matrices, in order of registration; the names of the layers."""
     found: dict[Any, _Weight] = {}
-    users: dict[int, set[str]] = {}
+    layers, biases, users = [], {}, defaultdict(set)
     lists = (nn.ParameterList, nn.ParameterDict)  # they make no difference to what other modules use
-    modules = dict(sorted(_modules(model), key=lambda named: isinstance(named[1], lists)))
-    for name, module in modules.items():
-        layer_dim = _layer_dim(module)
-        computed = [own for own in ("weight", "bias") if own not in module._parameters and hasattr(module, own)]
-        for own, parameter in (module._parameters | dict.fromkeys(() if layer_dim is None else computed)).items():
+    for name, module in sorted(_modules(model), key=lambda named: isinstance(named[1], lists)):
+        layer_dim = next((LAYERS[parent] for parent in type(module).__mro__ if parent in LAYERS), None)
+        own, computed = module._parameters, []
+        if layer_dim is not None:
+            layers.append(name)
+            biases[name] = own.get("bias")
+            computed = [key for key in ("weight", "bias") if key not in own and hasattr(module, key)]
+        for key, parameter in (own | dict.fromkeys(computed)).items():
             if isinstance(module, lists) and id(parameter) in users:
                 continue
-            users.setdefault(id(parameter), set()).add(name)
-            dim = layer_dim if own == "weight" or (parameter is None and own in computed) else None
-            is_lazy = nn.parameter.is_lazy(parameter)
-            if dim is not None or (parameter is not None and not is_lazy and parameter.dim() > 1):
-                new = _Weight(parameter, module, dim, [], [], [])
-                weight = found.setdefault((name, own) if parameter is None else id(parameter), new)
-                weight.names.append(f"{name}.{own}".lstrip("."))
+            users[id(parameter)].add(name)
+            dim = layer_dim if key == "weight" or key in computed else None
+            if dim is not None or (_has_shape(parameter) and parameter.dim() > 1):
+                new = _Weight(parameter, dim, getattr(module, "groups", 1), hasattr(module, "kernel_size"))
+                weight = found.setdefault((name, key) if parameter is None else id(parameter), new)
+                weight.names.append(f"{name}.{key}".lstrip("."))
                 weight.users.append(name)
                 weight.dim = dim if weight.dim == dim else None
     for weight in found.values():
-        biases = {
-            id(bias): name
-            for name in weight.users[::-1]
-            if (bias := modules[name]._parameters.get("bias")) is not None and users[id(bias)] <= {*weight.users}
-        }
-        weight.biases = [f"{name}.bias".lstrip(".") for name in list(biases.values())[::-1]]
-    return list(found.values())
+        for name in weight.users:
+            if biases.get(name) is not None and users[id(biases[name])] <= {*weight.users}:
+                weight.biases.setdefault(id(biases[name]), f"{name}.bias".lstrip("."))
+    return list(found.values()), layers
+
+
+def _has_shape(parameter: Any) -> bool:
+    return parameter is not None and not nn.parameter.is_lazy(parameter)
 
 
 def _chosen(
     model: nn.Module, skip: Collection[str], prune_output: bool, only: Collection[str] | None
 ) -> tuple[list[_Weight], list[str]]:
     """The weights to prune, and what the user may not expect of this choice."""
-    matrices = _matrices(model)
-    layers = [name for name, module in _modules(model) if _layer_dim(module) is not None]
+    matrices, layers = _matrices(model)
     output = [] if prune_output else layers[-1:]
     skipped = _matched("skip", skip, [name for weight in matrices for name in weight.users])
     spared = tuple(f"{name}." for name in [*output, *itertools.chain(*skipped)])
@@ -489,36 +458,39 @@ def _chosen(
     if not chosen:
         classes = _listed([layer.__name__ for layer in LAYERS])
         raise ValueError(f"every prunable layer is spared{hint}" if layers else f"no prunable layer: none of {classes}")
-    sized = [w for w in matrices if w.parameter is not None and not nn.parameter.is_lazy(w.parameter)]
-    return chosen, [*_left_dense(free, sized)] * (only is None) + [*_wrong_output(output, free, sized)]
+    return chosen, [*_doubts(output, [w for w in free if only is None or w.dim is not None], matrices)]
 
 
-def _left_dense(free: Sequence[_Weight], matrices: Sequence[_Weight]) -> Iterator[str]:
-    """A warning if a tenth or more of all weights can't be pruned by class and isn't spared."""
+def _doubts(output: Sequence[str], free: Sequence[_Weight], matrices: Sequence[_Weight]) -> Iterator[str]:
+    """What the user may not expect: much that stays dense, and an output layer that is probably not it, or not all."""
+    matrices = [weight for weight in matrices if _has_shape(weight.parameter)]
     dense = [weight for weight in matrices if weight.dim is None and weight in free]
     share = sum(w.parameter.numel() for w in dense) / max(1, sum(w.parameter.numel() for w in matrices))
     if share >= 0.1:
         text = f"{share:.0%} of the weights stay dense, as LAYERS lacks the classes of their modules"
-        cure = "prune them by name with only=(…), or spare the modules with skip=(…)"
-        yield f"{text}: {_listed([weight.names[0] for weight in dense])}; {cure}"
+        names = _listed([weight.names[0] for weight in dense])
+        yield f"{text}: {names}; prune them by name with only=(…), or spare the modules with skip=(…)"
+    shapes = {w: w.turned(w.parameter.detach().to("meta")).shape for w in matrices}
+    inputs = {w: {n * w.groups for n in shapes[w][w.dim is not None : 2 if w.convolves else None]} for w in matrices}
 
+    every = set().union(*inputs.values())
 
-def _wrong_output(output: Sequence[str], free: Sequence[_Weight], matrices: Sequence[_Weight]) -> Iterator[str]:
-    """A warning if the layer that was registered last is probably not the output, or not all of it."""
-    inputs = {size for weight in matrices for size in weight.sizes()[1]}
-    ends = [w for w in matrices if w in free and w.dim is not None and not w.is_taken(inputs)]
-    for spared in [weight for weight in matrices if {*output} & {*weight.users}]:
-        outputs = spared.sizes()[0]
-        others = {size for w in matrices if w is not spared and w.dim is not None for size in w.sizes()[1]}
-        twins = [end.users[0] for end in ends if end.sizes()[0] == outputs]
-        heads = [end.users[0] for end in ends if end.sizes()[0] < outputs or outputs in end.sizes()[1]]
-        text = f"{output[0]!r}, registered last, is spared as the output layer, but"
+    def taken(weight: _Weight, sizes: Iterable[int]) -> bool:
+        """Whether its outputs fit: exactly, side by side with a few others, or, of a convolution, flattened."""
+        n, most = shapes[weight][0], math.inf if weight.convolves else 8
+        return n == 0 or any(size % n == 0 and size <= most * n for size in sizes)
+
+    layers = [weight for weight in matrices if weight.dim is not None]
+    ends = [weight for weight in layers if weight in free and not taken(weight, every)]
+    for spared in [weight for weight in layers if {*output} & {*weight.users}]:
+        n, text = shapes[spared][0], f"{output[0]!r}, registered last, is spared as the output layer, but"
+        twins = [end.users[0] for end in ends if shapes[end][0] == n]
+        heads = [end.users[0] for end in ends if shapes[end][0] < n or n in inputs[end]]
         if twins:
-            text = f"{text} as many outputs of {_listed(twins)} go nowhere, either"
-            yield f"{text}: if they are the model's, too, name them in skip=(…)"
-        elif heads and spared.is_taken(others):
+            yield f"{text} as many outputs of {_listed(twins)} go nowhere, either: if they're wanted, add it to skip"
+        elif heads and taken(spared, set().union(*(inputs[w] for w in layers if w is not spared))):
             text = f"{text} other layers take its outputs, while those of {_listed(heads)} go nowhere"
-            yield f"{text}: if these are the model's, name them in skip=(…) and pass prune_output=True"
+            yield f"{text}: if these are wanted, add it to skip and pass prune_output=True"
 
 
 def _matched(argument: str, entries: Any, names: Sequence[str]) -> list[list[str]]:
@@ -559,39 +531,21 @@ def _fraction(sparsity: Any) -> float:
     return number
 
 
-def _local(generator: torch.Generator | None) -> torch.Generator:
-    """The generator, or a new one, since torch's global ones belong to the caller and to other threads."""
-    if not isinstance(generator, torch.Generator | None):
-        raise TypeError(f"generator must be a torch.Generator, got {generator!r}")
-    return generator or torch.Generator("cpu").manual_seed(torch.initial_seed())
-
-
-def _rankable(name: str, tensor: Any) -> Tensor:
-    """The tensor, detached, if it is one that can be ranked."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    for wrong, text in (
-        (nn.parameter.is_lazy(tensor), "has no shape yet: run a batch through its lazy layer first"),
-        (tensor.is_meta, "has no values: it is on the meta device"),
-        (hasattr(tensor, "__tensor_flatten__"), f"must be a plain tensor, got a {type(tensor).__name__}"),
-        (tensor.layout is not torch.strided, f"must be dense, got {tensor.layout}: convert it with to_dense()"),
-        (tensor.dtype not in BITS, f"must be fp16, bf16, fp32 or fp64, got {tensor.dtype}"),
-    ):
-        if wrong:
-            raise ValueError(f"{name} {text}")
-    return tensor.detach()
-
-
-def _prunable(name: str, tensor: Any) -> Tensor:
-    """The tensor, detached, if it is one that can be ranked and changed in place."""
-    if tensor is None:
+def _checked(name: str, tensor: Any, in_place: bool = False) -> Tensor:
+    """The tensor, detached, if it is one that can be ranked, and perhaps changed in place."""
+    if in_place and tensor is None:
         cure = "torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations"
         raise ValueError(f"{name} is computed from other parameters: make it permanent with {cure}")
-    tensor = _rankable(name, tensor)
-    reach = 1 + sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
-    if reach < tensor.numel():
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    is_lazy, is_wrapper = nn.parameter.is_lazy(tensor), hasattr(tensor, "__tensor_flatten__")
+    if is_lazy or is_wrapper or tensor.is_meta or tensor.layout is not torch.strided or tensor.dtype not in BITS:
+        got = f"{type(tensor).__name__}, {tensor.dtype}, {tensor.layout}, {tensor.device}"
+        got = "a lazy one without a shape yet: run a batch through the model" if is_lazy else got
+        raise ValueError(f"{name} must be a plain, dense tensor of fp16, bf16, fp32 or fp64 with values, got {got}")
+    if in_place and sum((size - 1) * tensor.stride(dim) for dim, size in enumerate(tensor.shape)) + 1 < tensor.numel():
         raise ValueError(f"{name} shares memory with itself, as an expanded tensor does: replace it by its clone()")
-    return tensor
+    return tensor.detach()
 
 
 def _check_finite(name: str, weight: Tensor, witness: Tensor) -> None:
@@ -602,7 +556,7 @@ def _check_finite(name: str, weight: Tensor, witness: Tensor) -> None:
 
 def _scored(weight: _Weight, method: str, generator: torch.Generator) -> Tensor:
     """Scores of a weight, of its own shape or (units,). Magnitudes are left to be taken block by block."""
-    score, name, tensor = METHODS[method], weight.names[0], _prunable(weight.names[0], weight.parameter)
+    score, name, tensor = METHODS[method], weight.names[0], weight.tensor()
     if score is torch.abs:
         return tensor
     _check_finite(name, tensor, tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)))
@@ -614,14 +568,13 @@ def _scored(weight: _Weight, method: str, generator: torch.Generator) -> Tensor:
     except Exception as error:
         hint = "" if turned.grad is not None else ", which has no gradient"
         raise ValueError(f"method {method!r} fails for {name}{hint}: {type(error).__name__}: {error}") from error
-    if not isinstance(scores, Tensor) or not scores.is_floating_point():
-        got = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
-        raise TypeError(f"the scores of {name} must be a floating-point tensor, got {got}")
-    if scores.shape not in (turned.shape, turned.shape[:1]):
+    fits = (
+        isinstance(scores, Tensor) and scores.is_floating_point() and scores.shape in (turned.shape, turned.shape[:1])
+    )
+    if not fits or scores.isnan().any():
+        got = f"{tuple(scores.shape)} of {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
         shapes = f"{tuple(turned.shape)} or {tuple(turned.shape[:1])}"
-        raise ValueError(f"the scores of {name} must have shape {shapes}, got {tuple(scores.shape)}")
-    if scores.isnan().any():
-        raise ValueError(f"the scores of {name} contain NaN")
+        raise ValueError(f"the scores of {name} must be floating-point, of shape {shapes}, and not NaN, got {got}")
     if scores.dim() == 1 and weight.dim is None:
         raise ValueError(f"{name} has no units that {method!r} could rank: LAYERS lacks the class of its module")
     return scores.detach() if scores.dim() == 1 else weight.turned(scores.detach(), back=True)
@@ -639,7 +592,7 @@ def _select(ranked: Mapping[str, Tensor], sparsity: float, magnitude: bool = Fal
     total = sum(mask.numel() for mask in masks)
     count = round(sparsity * total)
     step = 6 * int(total ** (1 / 3) / 16) + 1  # 1 for few scores; out of step with rows of 2, 3, 4, 6, … scores
-    dtype = functools.reduce(torch.promote_types, [scores.dtype for scores in ranked.values()], torch.float32)
+    dtype = torch.float64 if any(scores.dtype == torch.float64 for scores in ranked.values()) else torch.float32
     blocks, sample = _in_blocks(ranked, masks, step, dtype)
     sample = abs(sample) if magnitude else sample
     ordered, rank = np.sort(sample), len(sample) * count / max(total, 1)
@@ -653,9 +606,8 @@ def _select(ranked: Mapping[str, Tensor], sparsity: float, magnitude: bool = Fal
             scores = abs(scores) if magnitude else scores
             if magnitude and not math.isfinite(scores.max()):
                 raise ValueError(f"{name} must be finite, but has NaN or infinite weights")
-            _compare(scores, start, high, keep)
             inside = _compare(scores, start, low, library.empty_like(keep))
-            inside ^= keep
+            inside ^= _compare(scores, start, high, keep)
             kept += int(library.count_nonzero(keep))
             indices.append(library.where(inside)[0])
             values.append(scores[indices[-1]] if part.is_cpu else scores[indices[-1]].cpu().numpy())
@@ -677,29 +629,29 @@ def _in_blocks(
     """Parts of the scores, with their names, their masks and their positions through all; every step-th score."""
     blocks, samples, start = [], [np.empty(0, np.float32)], 0
     for (name, scores), mask in zip(ranked.items(), masks, strict=True):
-        size = BLOCK if mask.is_cpu else GPU_BLOCK
-        samples.append(scores.reshape(-1)[-start % step :: step].to(dtype).cpu().numpy())
-        for part, keep in zip(scores.reshape(-1).split(size), mask.view(-1).split(size), strict=True):
+        flat, size = scores.reshape(-1), BLOCK if mask.is_cpu else GPU_BLOCK
+        samples.append(flat[-start % step :: step].to(dtype).cpu().numpy())
+        for part, keep in zip(flat.split(size), mask.view(-1).split(size), strict=True):
             if len(part):
                 blocks.append((name, part, keep.numpy() if keep.is_cpu else keep, start))
             start += len(part)
     return blocks, np.concatenate(samples)
 
 
-def _bound(scores: np.ndarray, ordered: np.ndarray, rank: int, step: int = 1) -> tuple[float, int]:
+def _bound(scores: np.ndarray, ordered: np.ndarray, rank: int, step: int = 1) -> tuple[float, float]:
     """The score of a rank and its position, if positions are a step apart; out of range, one before or after all."""
     if rank < 0:
         return -math.inf, -1
     if rank >= len(scores) or np.isnan(ordered[rank]):
-        return math.inf, sys.maxsize
+        return math.inf, math.inf
     equal = np.flatnonzero(scores == ordered[rank])
     return float(ordered[rank]), step * int(equal[rank - np.searchsorted(ordered, ordered[rank])])
 
 
-def _compare(scores: Any, start: int, bound: tuple[float, int], out: Any) -> Any:
+def _compare(scores: Any, start: int, bound: tuple[float, float], out: Any) -> Any:
     """Whether each score, the first at position `start`, ranks after a bound."""
     library: Any = np if isinstance(scores, np.ndarray) else torch
-    value, cut = bound[0], min(max(bound[1] + 1 - start, 0), len(scores))
+    value, cut = bound[0], int(min(max(bound[1] + 1 - start, 0), len(scores)))
     library.greater(scores[:cut], value, out=out[:cut])
     library.greater_equal(scores[cut:], value, out=out[cut:])
     return out
