@@ -33,9 +33,12 @@ BLOCK, GPU_BLOCK = 2**17, 2**24  # scores to compare at a time: they fit into th
 def _unit_norm(weight: Tensor) -> Tensor:
     """L2 norm of each unit: (units, …) → (units,), in fp64."""
     rows = weight.reshape(len(weight), -1) if weight.numel() else weight.new_zeros(len(weight), 1)
-    norm = torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(rows.dtype, torch.float32)).double()
-    if (unsafe := ~((norm > 1e-12) & (norm < 1e18))).any():  # squares may have vanished or overflowed
-        largest = torch.linalg.vector_norm(rows, math.inf, dim=1).double()
+    blocks = rows.split(max(2**20 // rows.shape[1], 1)) if rows.dtype.itemsize == 2 else [rows]  # or all are converted
+    precise = torch.promote_types(rows.dtype, torch.float32)
+    norm = torch.cat([torch.linalg.vector_norm(block, dim=1, dtype=precise) for block in blocks]).double()
+    unsafe = ~((norm > 1e-12) & (norm < 1e18))  # squares may have vanished or overflowed
+    if unsafe.any():
+        largest = torch.maximum(rows.amax(1), -rows.amin(1)).double()
         unsafe &= largest > 0
         norm[unsafe] = (rows[unsafe].double() / largest[unsafe].unsqueeze(1)).norm(dim=1) * largest[unsafe]
     return norm
@@ -187,7 +190,8 @@ def find_masks(
         scores = {weight.names[0]: _scored(weight, method, generator) for weight in group}
         for weight, keep in zip(group, _select(scores, sparsity, METHODS[method] is torch.abs), strict=True):
             masks |= weight.masks(keep)
-    empty = [weight.names[0] for weight in weights if weight.parameter.numel() and not masks[weight.names[0]].any()]
+    found = {weight.names[0]: masks[weight.names[0]] for weight in weights}
+    empty = [name for name, mask in found.items() if mask.numel() and not (mask.numpy() if mask.is_cpu else mask).any()]
     for doubt in [*doubts, f"pruning leaves nothing of {_listed(empty)} at sparsity {sparsity:g}" if empty else ""]:
         if doubt:
             warnings.warn(doubt, stacklevel=2)
@@ -306,8 +310,11 @@ def sweep(
     if not callable(score) or not (retrain is None or callable(retrain)):
         raise TypeError(f"score and retrain must be functions, got {score!r} and {retrain!r}")
     points = []
+    seed = None  # the same numbers for all points, so that larger sparsities prune supersets
+    if isinstance(generator, torch.Generator):
+        seed = int(torch.randint(2**62, (), generator=generator.clone_state(), device=generator.device))
     for sparsity in [_fraction(sparsity) for sparsity in sparsities]:
-        again = generator and generator.clone_state()
+        again = generator if seed is None else torch.Generator("cpu").manual_seed(seed)
         masks = find_masks(model, method, sparsity, scope=scope, generator=again, **options)
         pruned = copy.deepcopy(model).eval()
         apply_masks(pruned, masks)
@@ -456,8 +463,8 @@ def _chosen(
             if not any({*weight.names} & {*names} for weight in chosen):
                 raise ValueError(f"only: {_listed(names)} can't be pruned and spared at once{hint}")
     if not chosen:
-        classes = _listed([layer.__name__ for layer in LAYERS])
-        raise ValueError(f"every prunable layer is spared{hint}" if layers else f"no prunable layer: none of {classes}")
+        others = f"; only=(…) could name {_listed([weight.names[0] for weight in free])}" if free else ""
+        raise ValueError(f"{'every layer in LAYERS is spared' if layers else 'no layer is in LAYERS'}{hint}{others}")
     return chosen, [*_doubts(output, [w for w in free if only is None or w.dim is not None], matrices)]
 
 
@@ -487,10 +494,10 @@ def _doubts(output: Sequence[str], free: Sequence[_Weight], matrices: Sequence[_
         twins = [end.users[0] for end in ends if shapes[end][0] == n]
         heads = [end.users[0] for end in ends if shapes[end][0] < n or n in inputs[end]]
         if twins:
-            yield f"{text} as many outputs of {_listed(twins)} go nowhere, either: if they're wanted, add it to skip"
+            yield f"{text} as many outputs of {_listed(twins)} go nowhere, either: if they're wanted, add them to skip"
         elif heads and taken(spared, set().union(*(inputs[w] for w in layers if w is not spared))):
             text = f"{text} other layers take its outputs, while those of {_listed(heads)} go nowhere"
-            yield f"{text}: if these are wanted, add it to skip and pass prune_output=True"
+            yield f"{text}: if they're wanted, add them to skip and pass prune_output=True"
 
 
 def _matched(argument: str, entries: Any, names: Sequence[str]) -> list[list[str]]:
@@ -599,7 +606,7 @@ def _select(ranked: Mapping[str, Tensor], sparsity: float, magnitude: bool = Fal
     margin = 2 * math.sqrt(rank * (1 - count / max(total, 1)) * (1 - 1 / step)) + (step > 1)  # 2 standard deviations
     while True:
         low, high = (_bound(sample, ordered, math.ceil(rank + side) - 1, step) for side in (-margin, margin))
-        kept, indices, values = 0, [], [sample[:0]]  # type: int, list[Any], list[Any]
+        kept, indices, values = 0, [], [sample[:0]]
         for name, part, keep, start in blocks:
             library: Any = np if part.is_cpu else torch  # on the CPU, NumPy compares several times faster than torch
             scores: Any = part.to(dtype).numpy() if part.is_cpu else part.to(dtype)

@@ -523,7 +523,7 @@ def test_an_encoder_is_told_what_it_leaves_dense() -> None:
 def test_a_second_head_is_noticed(build: Callable[[], nn.Module], named: str) -> None:
     model = zeroed(build)
     (doubt,) = doubts(model)
-    assert f"as many outputs of {named} go nowhere, either: if they're wanted, add it to skip" in doubt
+    assert f"as many outputs of {named} go nowhere, either: if they're wanted, add them to skip" in doubt
     assert doubts(model, skip=named.split(", ")) == [] == doubts(model, prune_output=True)
 
 
@@ -534,7 +534,7 @@ def test_a_head_that_was_registered_first_is_noticed(build: Callable[[], nn.Modu
     assert doubt.startswith(
         "'conv2', registered last, is spared as the output layer, but other layers take its outputs"
     )
-    assert "those of head go nowhere: if these are wanted, add it to skip and pass prune_output=True" in doubt
+    assert "those of head go nowhere: if they're wanted, add them to skip and pass prune_output=True" in doubt
     assert list(prune.find_masks(model, "weight", 0.5, skip=("head",), prune_output=True)) == [
         "conv1.weight",
         "conv2.weight",
@@ -997,15 +997,15 @@ def test_masks_hold_through_training(optimizer: Callable[..., torch.optim.Optimi
     [
         ({"model": "mlp"}, TypeError, "model must be a torch.nn.Module, got str"),
         ({"model": NeuralNetwork}, TypeError, "model must be a torch.nn.Module, got type"),
-        ({"model": nn.ReLU()}, ValueError, "no prunable layer: none of Linear, .* and 3 more$"),
-        ({"model": nn.Embedding(3, 3)}, ValueError, "no prunable layer"),
+        ({"model": nn.ReLU()}, ValueError, "no layer is in LAYERS$"),
+        ({"model": nn.Embedding(3, 3)}, ValueError, r"no layer is in LAYERS; only=\(…\) could name weight$"),
         (
             {"model": nn.Sequential(nn.Linear(3, 3))},
             ValueError,
-            "every prunable layer is spared; '0', .*prune_output=True",
+            "every layer in LAYERS is spared; '0', .*prune_output=True",
         ),
-        ({"skip": ("0", "2")}, ValueError, "every prunable layer is spared; '4', registered last"),
-        ({"skip": ("*",), "prune_output": True}, ValueError, "every prunable layer is spared$"),
+        ({"skip": ("0", "2")}, ValueError, "every layer in LAYERS is spared; '4', registered last"),
+        ({"skip": ("*",), "prune_output": True}, ValueError, "every layer in LAYERS is spared$"),
         ({"method": "l1"}, ValueError, "unknown method 'l1': expected one of weight, unit, random_weight, random_unit"),
         ({"sparsity": 50}, ValueError, r"did you mean 0\.5\?"),
         ({"scope": "model"}, ValueError, "unknown scope 'model': expected layer or global"),
@@ -1022,7 +1022,7 @@ def test_masks_hold_through_training(optimizer: Callable[..., torch.optim.Optimi
             ValueError,
             r"only: '0\.bias' names nothing that could be pruned; there is 0\.weight, 2",
         ),
-        ({"only": ()}, ValueError, "every prunable layer is spared"),
+        ({"only": ()}, ValueError, "every layer in LAYERS is spared"),
         ({"only": ("0.weight", "4.weight")}, ValueError, r"only: 4\.weight can't be .* spared at once; '4', .*last"),
         ({"only": ("0.weight",), "skip": ("0",)}, ValueError, r"only: 0\.weight can't be pruned and spared at once"),
         ({"generator": 0}, TypeError, "generator must be a torch.Generator, got 0"),
