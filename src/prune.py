@@ -385,10 +385,10 @@ class _Weight:
 
     def turned(self, tensor: Tensor, back: bool = False) -> Tensor:
         """From the weight's own layout to (out, in / groups, …), or back."""
-        ends = (1, (self.dim or 0) + 1)
         if not self.dim:
             return tensor
-        return tensor.unflatten(0, (self.groups, -1)).movedim(*(ends if back else ends[::-1])).flatten(0, 1)
+        ends = (1, self.dim + 1) if back else (self.dim + 1, 1)
+        return tensor.unflatten(0, (self.groups, -1)).movedim(*ends).flatten(0, 1)
 
     def masks(self, keep: Tensor) -> dict[str, Tensor]:
         """Masks by parameter name, from one of the weight's shape or (units,)."""
@@ -429,7 +429,8 @@ def _matrices(model: nn.Module) -> tuple[list[_Weight], list[str]]:
             users[id(parameter)].add(name)
             dim = layer_dim if key == "weight" or key in computed else None
             if dim is not None or (_has_shape(parameter) and parameter.dim() > 1):
-                new = _Weight(parameter, dim, getattr(module, "groups", 1), hasattr(module, "kernel_size"))
+                groups = getattr(module, "groups", 1) if dim is not None else 1
+                new = _Weight(parameter, dim, groups, hasattr(module, "kernel_size"))
                 weight = found.setdefault((name, key) if parameter is None else id(parameter), new)
                 weight.names.append(f"{name}.{key}".lstrip("."))
                 weight.users.append(name)
@@ -477,7 +478,7 @@ def _doubts(output: Sequence[str], free: Sequence[_Weight], matrices: Sequence[_
         text = f"{share:.0%} of the weights stay dense, as LAYERS lacks the classes of their modules"
         names = _listed([weight.names[0] for weight in dense])
         yield f"{text}: {names}; prune them by name with only=(…), or spare the modules with skip=(…)"
-    shapes = {w: w.turned(w.parameter.detach().to("meta")).shape for w in matrices}
+    shapes = {w: w.turned(torch.empty(w.parameter.shape, device="meta")).shape for w in matrices}
     inputs = {w: {n * w.groups for n in shapes[w][w.dim is not None : 2 if w.convolves else None]} for w in matrices}
 
     every = set().union(*inputs.values())

@@ -503,6 +503,17 @@ def test_ordinary_networks_raise_no_doubt(build: Callable[[], nn.Module]) -> Non
     assert doubts(zeroed(build)) == []
 
 
+def test_groups_of_something_else_do_not_matter() -> None:
+    class Grouped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.groups = nn.ModuleList([nn.Linear(9, 9), nn.Linear(9, 9)])
+            self.scale = nn.Parameter(torch.ones(2, 3))
+            self.head = nn.Linear(9, 2)
+
+    assert list(prune.find_masks(Grouped(), "weight", 0.5)) == ["groups.0.weight", "groups.1.weight"]
+
+
 def test_an_encoder_is_told_what_it_leaves_dense() -> None:
     (doubt,) = doubts(nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 128), 2, enable_nested_tensor=False))
     assert doubt.startswith("25% of the weights stay dense") and "layers.1.self_attn.in_proj_weight" in doubt
@@ -1161,6 +1172,12 @@ def test_a_sweep_follows_its_generator() -> None:
         return [point.score for point in prune.sweep(model, "random_weight", [0.3, 0.6], total, generator=generator)]
 
     assert run(1) == run(1) != run(2)
+    generator, seen = torch.Generator().manual_seed(3), []
+    state_before = generator.get_state()
+    keep = lambda pruned: seen.append(pruned[0].weight != 0)  # noqa: E731
+    prune.sweep(model, "random_weight", [0.3, 0.9, 0.6], keep, generator=generator)
+    assert not (seen[1] & ~seen[2]).any() and not (seen[2] & ~seen[0]).any()
+    assert torch.equal(generator.get_state(), state_before)
 
 
 def test_a_sweep_retrains_copies_and_scores_them_again() -> None:
