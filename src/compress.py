@@ -157,7 +157,7 @@ def to_sparse(model: nn.Module) -> nn.Module:
 
     It is made for pruned weights (after unit pruning, `shrink` alone is faster) and batches of 32 and more (a single
     image gains only where nine weights in ten are zero), and is fastest in chains as `shrink` takes them. A non-zero
-    fp32 weight takes 32 bytes. On CUDA it is untested. Save `model`, and make it sparse after loading.
+    fp32 weight takes 40 bytes. On CUDA it is untested. Save `model`, and make it sparse after loading.
 
     Args:
         model: any model; it is not changed. Subclasses of nn.Linear and layers with hooks or parametrizations stay
@@ -188,7 +188,8 @@ def to_sparse(model: nn.Module) -> nn.Module:
     for module in model.modules():
         chain = [leaf.eval() for leaf in _chain(module) or []]
         if any(isinstance(leaf, SparseLinear) for leaf in chain):
-            vars(module)["forward"] = partial(_forward_chain, chain)
+            groups = groupby(chain, lambda leaf: _is_plain(leaf, SparseLinear, *ELEMENTWISE))
+            vars(module)["forward"] = partial(_forward_chain, [list(group) for _, group in groups])
         elif isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # torch's fused encoder would read the weights, dense
         elif isinstance(module, nn.TransformerEncoder):
@@ -206,11 +207,11 @@ def to_sparse(model: nn.Module) -> nn.Module:
 #     . . . W     part 3 (in, 64)     part 3 (out, 64)
 
 
-def _forward_chain(chain: list[Any], features: Tensor) -> Tensor:
-    """The forward of a chain, (…) to (…): neighbouring layers that work on blocks run as one."""
-    for on_blocks, neighbours in groupby(chain, lambda layer: _is_plain(layer, SparseLinear, *ELEMENTWISE)):
-        layers = list(neighbours)
-        sparse = on_blocks and any(isinstance(layer, SparseLinear) for layer in layers)
+def _forward_chain(groups: list[list[Any]], features: Tensor) -> Tensor:
+    """The forward of a chain, (…) to (…): the layers of a group run as one, unless a hook is to see what they do."""
+    for layers in groups:
+        hooks = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+        sparse = not hooks and any(isinstance(layer, SparseLinear) for layer in layers)
         features = _multiply(layers, features) if sparse else reduce(lambda x, layer: layer(x), layers, features)
     return features
 
@@ -226,10 +227,10 @@ def _multiply(layers: list[Any], features: Tensor) -> Tensor:
     batch = features.reshape(-1, first.in_features)  # (B, in)
     if len(layers) == 1:
         width = WIDTH * min(max(CACHED // first.in_features // WIDTH, 1), PARTS)
-        products = [first.multiply(piece.contiguous().unsqueeze(0))[0] for piece in batch.t().split(width, dim=1)]
-        output = (torch.cat(products, dim=1) if len(products) > 1 else products[0]).t()  # (B, out)
+        outputs = [first.multiply(images.t().contiguous().unsqueeze(0))[0].t() for images in batch.split(width)]
     else:
-        output = torch.cat([_multiply_parts(layers, images) for images in batch.split(PARTS * WIDTH)])
+        outputs = [_multiply_parts(layers, images) for images in batch.split(PARTS * WIDTH)]
+    output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
     return output.reshape(*features.shape[:-1], output.shape[1])
 
 
@@ -253,24 +254,25 @@ class SparseLinear(nn.Linear):
         nn.Module.__init__(self)
         weight = layer.weight.detach()
         self.out_features, self.in_features = weight.shape
-        rows, columns = weight.nonzero(as_tuple=True)
-        self.nonzero, starts = len(rows), weight.count_nonzero(1).repeat(PARTS).cumsum(0)
-        shifts = self.in_features * torch.arange(PARTS, device=weight.device).unsqueeze(1)
-        self.starts = nn.Buffer(nn.functional.pad(starts, (1, 0)).int())  # (PARTS * out_features + 1,)
-        self.columns = nn.Buffer((columns + shifts).flatten().int())  # (PARTS * nonzero,); MKL copies wider indices
-        self.values = nn.Parameter(weight[rows, columns].repeat(PARTS))  # (PARTS * nonzero,)
         self.register_parameter("bias", copy.deepcopy(layer.bias))
+        rows, columns = weight.nonzero(as_tuple=True)  # (nonzero,), row by row
+        ends, part = weight.count_nonzero(1).cumsum(0), torch.arange(PARTS, device=weight.device).unsqueeze(1)
+        self.values = nn.Parameter(weight[rows, columns])
+        self.starts, self.columns = nn.Buffer(nn.functional.pad(ends, (1, 0)).int()), nn.Buffer(columns.int())
+        # The same for all parts; int32, as MKL copies wider indices.
+        self.part_values = nn.Buffer(self.values.detach().repeat(PARTS))
+        self.part_starts = nn.Buffer(nn.functional.pad((ends + len(rows) * part).flatten(), (1, 0)).int())
+        self.part_columns = nn.Buffer((columns + self.in_features * part).flatten().int())
 
-    def _csr(self) -> Tensor:
-        """The weights once, in the memory of the repeated ones."""
-        starts, columns = self.starts[: self.out_features + 1], self.columns[: self.nonzero]
-        values, shape = self.values[: self.nonzero], (self.out_features, self.in_features)
-        return torch.sparse_csr_tensor(starts, columns, values, shape, device=values.device)
+    def csr(self) -> Tensor:
+        """The weights as one tensor (out_features, in_features), made at every call: torch cannot copy such tensors."""
+        shape = (self.out_features, self.in_features)
+        return torch.sparse_csr_tensor(self.starts, self.columns, self.values, shape, device=self.values.device)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """(out_features, in_features), dense and made at every reading, for models that read it."""
-        return self._csr().to_dense()
+        return self.csr().to_dense()
 
     def forward(self, input: Tensor) -> Tensor:
         """(…, in_features) to (…, out_features)."""
@@ -281,11 +283,11 @@ class SparseLinear(nn.Linear):
         parts, _, width = blocks.shape
         mkl = torch.backends.mkl.is_available() and blocks.dtype in (torch.float32, torch.float64)
         if mkl and parts == 1 and width < SUM_BATCH:
-            product = self._csr() @ blocks[0]
+            product = self.csr() @ blocks[0].squeeze(1)  # by a vector, it is faster still
         else:  # a kernel made to sum weighted rows is several times faster than the CSR product
-            starts, used = self.starts[: parts * self.out_features + 1], parts * self.nonzero
-            weights: Any = {"mode": "sum", "per_sample_weights": self.values[:used], "include_last_offset": True}
-            product = nn.functional.embedding_bag(self.columns[:used], blocks.flatten(0, 1), starts, **weights)
+            starts, used = self.part_starts[: parts * self.out_features + 1], parts * len(self.values)
+            weights: Any = {"mode": "sum", "per_sample_weights": self.part_values[:used], "include_last_offset": True}
+            product = nn.functional.embedding_bag(self.part_columns[:used], blocks.flatten(0, 1), starts, **weights)
         product = product.view(parts, self.out_features, width)
         return product if self.bias is None else product.add_(self.bias.unsqueeze(1))
 
