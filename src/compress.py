@@ -15,7 +15,7 @@ import zlib
 from functools import partial, reduce
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -356,7 +356,7 @@ def load_compressed(path: str | Path, *, limit: int | None = None) -> tuple[dict
         unpacker, content = zlib.decompressobj(wbits=31), io.BytesIO()  # 31: gzip, with its checksum
         try:
             if file.peek(2)[:2] == b"PK":  # torch.save's own, not packed
-                return _read(io.BytesIO(file.read(limit)), limit)
+                return _read(file, limit)
             while not unpacker.eof and content.tell() <= limit and (packed := file.read(2**13)):
                 content.write(unpacker.decompress(packed))  # 8 MB at most
             if unpacker.eof and not unpacker.unused_data and not file.read(1):
@@ -388,10 +388,10 @@ def _pack(model_or_state_dict: nn.Module | dict[str, Any], info: dict[str, Any] 
     return gzip.compress(content.getbuffer(), 6, mtime=0)  # level 9 makes it 2 % smaller in eight times the time
 
 
-def _read(content: io.BytesIO, limit: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read(content: IO[bytes], limit: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """State_dict and info of an unpacked file, or any exception."""
     with zipfile.ZipFile(content) as archive:
-        if sum(entry.file_size for entry in archive.infolist()) > len(content.getbuffer()) or archive.testzip():
+        if sum(entry.file_size for entry in archive.infolist()) > content.seek(0, io.SEEK_END) or archive.testzip():
             raise ValueError("it is packed once more, or damaged, which torch does not check")
         if any(b"bytearray\n" in archive.read(name) for name in archive.namelist() if name.endswith(".pkl")):
             raise ValueError("it asks torch for a bytearray, which may be of any length")
@@ -399,9 +399,9 @@ def _read(content: io.BytesIO, limit: int) -> tuple[dict[str, Any], dict[str, An
     loaded = torch.load(content, map_location="cpu", weights_only=True)
     state, info = (loaded["state_dict"], loaded["info"]) if "state_dict" in loaded else (loaded, {})
     tensors = [value for value in state.values() if isinstance(value, Tensor)]
-    whole = all(tensor.is_contiguous() and tensor.is_cpu for tensor in tensors)  # strides of 0 need no memory yet
+    whole = all(tensor.nbytes <= tensor.untyped_storage().nbytes() and tensor.is_cpu for tensor in tensors)
     if not whole or sum(tensor.nbytes for tensor in tensors) > limit or not isinstance(info, dict):
-        raise ValueError("its tensors are larger than their memory, or share it")
+        raise ValueError("its tensors are larger than their memory, as strides of 0 make them, or share it")
     return state, info
 
 
