@@ -132,8 +132,10 @@ def plot_cost_sparsity(costs: Sequence[CostRow], title: str) -> "Figure":
     log_axis(panels[1], "y")
     for panel, size in zip(panels[2:], sorted({row.batch_size for row in costs}), strict=True):
         _draw_speed_up(panel, costs, size)
-    for panel in (panels[0], panels[3]):
-        panel.legend(fontsize=9.5, edgecolor="none")
+    panels[0].legend(fontsize=9.5, frameon=False)
+    figure.legend(
+        *panels[2].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9.5, frameon=False
+    )
     return figure
 
 
