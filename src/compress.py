@@ -227,7 +227,7 @@ def _multiply(layers: list[Any], features: Tensor) -> Tensor:
     batch = features.reshape(-1, first.in_features)  # (B, in)
     if len(layers) == 1:
         width = WIDTH * min(max(CACHED // first.in_features // WIDTH, 1), PARTS)
-        outputs = [first.multiply(images.t().contiguous().unsqueeze(0))[0].t() for images in batch.split(width)]
+        outputs = [first.multiply(images.t().contiguous()).t() for images in batch.split(width)]
     else:
         outputs = [_multiply_parts(layers, images) for images in batch.split(PARTS * WIDTH)]
     output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
@@ -238,13 +238,14 @@ def _multiply_parts(layers: list[Any], batch: Tensor) -> Tensor:
     """Up to PARTS * WIDTH images, (B, in_features) to (B, out_features)."""
     parts = max(1, -(-len(batch) // WIDTH))
     padded = nn.functional.pad(batch, (0, 0, 0, -len(batch) % parts)) if len(batch) % parts else batch
-    blocks = padded.unflatten(0, (parts, -1)).transpose(1, 2).clone(memory_format=torch.contiguous_format)
-    for layer in layers:  # (parts, in, B / parts)
+    turned = padded.unflatten(0, (parts, -1)).transpose(1, 2)  # (parts, in, B / parts)
+    blocks = turned.clone(memory_format=torch.contiguous_format).flatten(0, 1)
+    for layer in layers:  # (parts * in, B / parts)
         if type(layer) is nn.ReLU:
             blocks.relu_()  # memory that is new costs more than the sums
         else:
             blocks = layer.multiply(blocks) if isinstance(layer, SparseLinear) else layer(blocks)
-    return blocks.transpose(1, 2).flatten(0, 1)[: len(batch)]
+    return blocks.unflatten(0, (parts, -1)).transpose(1, 2).flatten(0, 1)[: len(batch)]
 
 
 class SparseLinear(nn.Linear):
@@ -279,17 +280,18 @@ class SparseLinear(nn.Linear):
         return _multiply([self], input)
 
     def multiply(self, blocks: Tensor) -> Tensor:
-        """(parts, in_features, width) to (parts, out_features, width), as drawn above."""
-        parts, _, width = blocks.shape
-        mkl = torch.backends.mkl.is_available() and blocks.dtype in (torch.float32, torch.float64)
-        if mkl and parts == 1 and width < SUM_BATCH:
-            product = self.csr() @ blocks[0].squeeze(1)  # by a vector, it is faster still
+        """(parts * in_features, width) to (parts * out_features, width), as drawn above."""
+        parts, width = len(blocks) // self.in_features, blocks.shape[1]
+        small = parts == 1 and width < SUM_BATCH and blocks.dtype in (torch.float32, torch.float64)
+        if small and torch.backends.mkl.is_available():
+            product = (self.csr() @ blocks.squeeze(1)).view(self.out_features, width)  # by a vector, it is faster still
         else:  # a kernel made to sum weighted rows is several times faster than the CSR product
             starts, used = self.part_starts[: parts * self.out_features + 1], parts * len(self.values)
-            weights: Any = {"mode": "sum", "per_sample_weights": self.part_values[:used], "include_last_offset": True}
-            product = nn.functional.embedding_bag(self.part_columns[:used], blocks.flatten(0, 1), starts, **weights)
-        product = product.view(parts, self.out_features, width)
-        return product if self.bias is None else product.add_(self.bias.unsqueeze(1))
+            columns, values = self.part_columns[:used], self.part_values[:used]
+            product = torch.embedding_bag(blocks, columns, starts, False, 0, False, values, True)[0]  # 0: sum
+        if self.bias is not None:
+            product.view(parts, self.out_features, width).add_(self.bias.unsqueeze(1))
+        return product
 
 
 def save_compressed(
