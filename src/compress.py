@@ -15,7 +15,7 @@ import zlib
 from functools import partial, reduce
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -157,7 +157,7 @@ def to_sparse(model: nn.Module) -> nn.Module:
 
     It is made for pruned weights (after unit pruning, `shrink` alone is faster) and batches of 32 and more (a single
     image gains only where nine weights in ten are zero), and is fastest in chains as `shrink` takes them. A non-zero
-    fp32 weight takes 32 bytes. On CUDA it is untested. Save `model`, and make it sparse after loading.
+    fp32 weight takes 40 bytes. On CUDA it is untested. Save `model`, and make it sparse after loading.
 
     Args:
         model: any model; it is not changed. Subclasses of nn.Linear and layers with hooks or parametrizations stay
@@ -188,7 +188,8 @@ def to_sparse(model: nn.Module) -> nn.Module:
     for module in model.modules():
         chain = [leaf.eval() for leaf in _chain(module) or []]
         if any(isinstance(leaf, SparseLinear) for leaf in chain):
-            vars(module)["forward"] = partial(_forward_chain, chain)
+            groups = groupby(chain, lambda leaf: _is_plain(leaf, SparseLinear, *ELEMENTWISE))
+            vars(module)["forward"] = partial(_forward_chain, [list(group) for _, group in groups])
         elif isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # torch's fused encoder would read the weights, dense
         elif isinstance(module, nn.TransformerEncoder):
@@ -206,11 +207,11 @@ def to_sparse(model: nn.Module) -> nn.Module:
 #     . . . W     part 3 (in, 64)     part 3 (out, 64)
 
 
-def _forward_chain(chain: list[Any], features: Tensor) -> Tensor:
-    """The forward of a chain, (…) to (…): neighbouring layers that work on blocks run as one."""
-    for on_blocks, neighbours in groupby(chain, lambda layer: _is_plain(layer, SparseLinear, *ELEMENTWISE)):
-        layers = list(neighbours)
-        sparse = on_blocks and any(isinstance(layer, SparseLinear) for layer in layers)
+def _forward_chain(groups: list[list[Any]], features: Tensor) -> Tensor:
+    """The forward of a chain, (…) to (…): the layers of a group run as one, unless a hook is to see what they do."""
+    for layers in groups:
+        hooks = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+        sparse = not hooks and any(isinstance(layer, SparseLinear) for layer in layers)
         features = _multiply(layers, features) if sparse else reduce(lambda x, layer: layer(x), layers, features)
     return features
 
@@ -226,10 +227,10 @@ def _multiply(layers: list[Any], features: Tensor) -> Tensor:
     batch = features.reshape(-1, first.in_features)  # (B, in)
     if len(layers) == 1:
         width = WIDTH * min(max(CACHED // first.in_features // WIDTH, 1), PARTS)
-        products = [first.multiply(piece.contiguous().unsqueeze(0))[0] for piece in batch.t().split(width, dim=1)]
-        output = (torch.cat(products, dim=1) if len(products) > 1 else products[0]).t()  # (B, out)
+        outputs = [first.multiply(images.t().contiguous()).t() for images in batch.split(width)]
     else:
-        output = torch.cat([_multiply_parts(layers, images) for images in batch.split(PARTS * WIDTH)])
+        outputs = [_multiply_parts(layers, images) for images in batch.split(PARTS * WIDTH)]
+    output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
     return output.reshape(*features.shape[:-1], output.shape[1])
 
 
@@ -237,13 +238,14 @@ def _multiply_parts(layers: list[Any], batch: Tensor) -> Tensor:
     """Up to PARTS * WIDTH images, (B, in_features) to (B, out_features)."""
     parts = max(1, -(-len(batch) // WIDTH))
     padded = nn.functional.pad(batch, (0, 0, 0, -len(batch) % parts)) if len(batch) % parts else batch
-    blocks = padded.unflatten(0, (parts, -1)).transpose(1, 2).clone(memory_format=torch.contiguous_format)
-    for layer in layers:  # (parts, in, B / parts)
+    turned = padded.unflatten(0, (parts, -1)).transpose(1, 2)  # (parts, in, B / parts)
+    blocks = turned.clone(memory_format=torch.contiguous_format).flatten(0, 1)
+    for layer in layers:  # (parts * in, B / parts)
         if type(layer) is nn.ReLU:
             blocks.relu_()  # memory that is new costs more than the sums
         else:
             blocks = layer.multiply(blocks) if isinstance(layer, SparseLinear) else layer(blocks)
-    return blocks.transpose(1, 2).flatten(0, 1)[: len(batch)]
+    return blocks.unflatten(0, (parts, -1)).transpose(1, 2).flatten(0, 1)[: len(batch)]
 
 
 class SparseLinear(nn.Linear):
@@ -253,41 +255,43 @@ class SparseLinear(nn.Linear):
         nn.Module.__init__(self)
         weight = layer.weight.detach()
         self.out_features, self.in_features = weight.shape
-        rows, columns = weight.nonzero(as_tuple=True)
-        self.nonzero, starts = len(rows), weight.count_nonzero(1).repeat(PARTS).cumsum(0)
-        shifts = self.in_features * torch.arange(PARTS, device=weight.device).unsqueeze(1)
-        self.starts = nn.Buffer(nn.functional.pad(starts, (1, 0)).int())  # (PARTS * out_features + 1,)
-        self.columns = nn.Buffer((columns + shifts).flatten().int())  # (PARTS * nonzero,); MKL copies wider indices
-        self.values = nn.Parameter(weight[rows, columns].repeat(PARTS))  # (PARTS * nonzero,)
         self.register_parameter("bias", copy.deepcopy(layer.bias))
+        rows, columns = weight.nonzero(as_tuple=True)  # (nonzero,), row by row
+        ends, part = weight.count_nonzero(1).cumsum(0), torch.arange(PARTS, device=weight.device).unsqueeze(1)
+        self.values = nn.Parameter(weight[rows, columns])
+        self.starts, self.columns = nn.Buffer(nn.functional.pad(ends, (1, 0)).int()), nn.Buffer(columns.int())
+        # The same for all parts; int32, as MKL copies wider indices.
+        self.part_values = nn.Buffer(self.values.detach().repeat(PARTS))
+        self.part_starts = nn.Buffer(nn.functional.pad((ends + len(rows) * part).flatten(), (1, 0)).int())
+        self.part_columns = nn.Buffer((columns + self.in_features * part).flatten().int())
 
-    def _csr(self) -> Tensor:
-        """The weights once, in the memory of the repeated ones."""
-        starts, columns = self.starts[: self.out_features + 1], self.columns[: self.nonzero]
-        values, shape = self.values[: self.nonzero], (self.out_features, self.in_features)
-        return torch.sparse_csr_tensor(starts, columns, values, shape, device=values.device)
+    def csr(self) -> Tensor:
+        """The weights as one tensor (out_features, in_features), made at every call: torch cannot copy such tensors."""
+        shape = (self.out_features, self.in_features)
+        return torch.sparse_csr_tensor(self.starts, self.columns, self.values, shape, device=self.values.device)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """(out_features, in_features), dense and made at every reading, for models that read it."""
-        return self._csr().to_dense()
+        return self.csr().to_dense()
 
     def forward(self, input: Tensor) -> Tensor:
         """(…, in_features) to (…, out_features)."""
         return _multiply([self], input)
 
     def multiply(self, blocks: Tensor) -> Tensor:
-        """(parts, in_features, width) to (parts, out_features, width), as drawn above."""
-        parts, _, width = blocks.shape
-        mkl = torch.backends.mkl.is_available() and blocks.dtype in (torch.float32, torch.float64)
-        if mkl and parts == 1 and width < SUM_BATCH:
-            product = self._csr() @ blocks[0]
+        """(parts * in_features, width) to (parts * out_features, width), as drawn above."""
+        parts, width = len(blocks) // self.in_features, blocks.shape[1]
+        small = parts == 1 and width < SUM_BATCH and blocks.dtype in (torch.float32, torch.float64)
+        if small and torch.backends.mkl.is_available():
+            product = (self.csr() @ blocks.squeeze(1)).view(self.out_features, width)  # by a vector, it is faster still
         else:  # a kernel made to sum weighted rows is several times faster than the CSR product
-            starts, used = self.starts[: parts * self.out_features + 1], parts * self.nonzero
-            weights: Any = {"mode": "sum", "per_sample_weights": self.values[:used], "include_last_offset": True}
-            product = nn.functional.embedding_bag(self.columns[:used], blocks.flatten(0, 1), starts, **weights)
-        product = product.view(parts, self.out_features, width)
-        return product if self.bias is None else product.add_(self.bias.unsqueeze(1))
+            starts, used = self.part_starts[: parts * self.out_features + 1], parts * len(self.values)
+            columns, values = self.part_columns[:used], self.part_values[:used]
+            product = torch.embedding_bag(blocks, columns, starts, False, 0, False, values, True)[0]  # 0: sum
+        if self.bias is not None:
+            product.view(parts, self.out_features, width).add_(self.bias.unsqueeze(1))
+        return product
 
 
 def save_compressed(
@@ -354,7 +358,7 @@ def load_compressed(path: str | Path, *, limit: int | None = None) -> tuple[dict
         unpacker, content = zlib.decompressobj(wbits=31), io.BytesIO()  # 31: gzip, with its checksum
         try:
             if file.peek(2)[:2] == b"PK":  # torch.save's own, not packed
-                return _read(io.BytesIO(file.read(limit)), limit)
+                return _read(file, limit)
             while not unpacker.eof and content.tell() <= limit and (packed := file.read(2**13)):
                 content.write(unpacker.decompress(packed))  # 8 MB at most
             if unpacker.eof and not unpacker.unused_data and not file.read(1):
@@ -386,10 +390,10 @@ def _pack(model_or_state_dict: nn.Module | dict[str, Any], info: dict[str, Any] 
     return gzip.compress(content.getbuffer(), 6, mtime=0)  # level 9 makes it 2 % smaller in eight times the time
 
 
-def _read(content: io.BytesIO, limit: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read(content: IO[bytes], limit: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """State_dict and info of an unpacked file, or any exception."""
     with zipfile.ZipFile(content) as archive:
-        if sum(entry.file_size for entry in archive.infolist()) > len(content.getbuffer()) or archive.testzip():
+        if sum(entry.file_size for entry in archive.infolist()) > content.seek(0, io.SEEK_END) or archive.testzip():
             raise ValueError("it is packed once more, or damaged, which torch does not check")
         if any(b"bytearray\n" in archive.read(name) for name in archive.namelist() if name.endswith(".pkl")):
             raise ValueError("it asks torch for a bytearray, which may be of any length")
@@ -397,9 +401,9 @@ def _read(content: io.BytesIO, limit: int) -> tuple[dict[str, Any], dict[str, An
     loaded = torch.load(content, map_location="cpu", weights_only=True)
     state, info = (loaded["state_dict"], loaded["info"]) if "state_dict" in loaded else (loaded, {})
     tensors = [value for value in state.values() if isinstance(value, Tensor)]
-    whole = all(tensor.is_contiguous() and tensor.is_cpu for tensor in tensors)  # strides of 0 need no memory yet
+    whole = all(tensor.nbytes <= tensor.untyped_storage().nbytes() and tensor.is_cpu for tensor in tensors)
     if not whole or sum(tensor.nbytes for tensor in tensors) > limit or not isinstance(info, dict):
-        raise ValueError("its tensors are larger than their memory, or share it")
+        raise ValueError("its tensors are larger than their memory, as strides of 0 make them, or share it")
     return state, info
 
 

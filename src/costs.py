@@ -125,15 +125,14 @@ def plot_cost_sparsity(costs: Sequence[CostRow], title: str) -> "Figure":
     for method in dict.fromkeys(row.method for row in costs):
         points = {row.k_percent: row for row in costs if row.method == method}
         style: dict[str, Any] = {"color": COLORS[method], "marker": MARKERS[method], "markersize": 5, "linewidth": 2}
-        panels[0].plot([*points], [row.accuracy_percent for row in points.values()], label=NAMES[method], **style)
+        panels[0].plot([*points], [row.accuracy_percent for row in points.values()], **style)
         panels[1].plot([*points], [100 * row.stored_bytes / row.dense_bytes for row in points.values()], **style)
     panels[0].set(ylabel="accuracy, %", ylim=(0, 104))
     panels[1].set_ylabel(f"file, % of dense ({costs[0].dense_bytes / 1e6:.2f} MB)")
     log_axis(panels[1], "y")
     for panel, size in zip(panels[2:], sorted({row.batch_size for row in costs}), strict=True):
         _draw_speed_up(panel, costs, size)
-    for panel in (panels[0], panels[3]):
-        panel.legend(fontsize=9.5, edgecolor="none")
+    panels[0].legend(*panels[2].get_legend_handles_labels(), loc="lower left", fontsize=9.5, frameon=False)
     return figure
 
 
