@@ -69,8 +69,8 @@ def _random_unit(weight: Tensor, generator: torch.Generator) -> Tensor:
 #     def taylor(weight): return (weight * weight.grad).abs()
 #     METHODS["taylor"] = taylor
 # It gets a detached weight with its .grad, outputs in dim 0 whatever the layer, and returns scores, the lowest of which
-# are pruned first: of weight's shape for a weight method, (units,) for a unit method. Only the two random ones get a
-# generator. Magnitudes (torch.abs) are taken block by block; other scores are held in memory.
+# are pruned first: of weight's shape for a weight method, (units,) for a unit method. A method whose name begins with
+# "random" also gets a torch.Generator. Magnitudes (torch.abs) are taken block by block; other scores are held in memory.
 METHODS: dict[str, Callable[..., Tensor]] = {
     "weight": torch.abs,
     "unit": _relative_norm,
@@ -381,6 +381,7 @@ class _Weight:
     biases: dict[int, str] = field(default_factory=dict)  # names of those that no other modules use
 
     def tensor(self) -> Tensor:
+        """The parameter, detached, if it can be ranked and pruned in place."""
         return _checked(self.names[0], self.parameter, in_place=True)
 
     def turned(self, tensor: Tensor, back: bool = False) -> Tensor:

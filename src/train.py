@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -264,8 +265,14 @@ def title(dataset: Dataset, config: Config) -> str:
     text = f"{dataset.name.replace('mnist', 'MNIST')}, {images}; {'-'.join(map(str, SIZES))}, {origin}"
     defaults = replace(Config(), batch_size=BATCH_SIZE[dataset.name])
     changed = {name: getattr(config, name) for name in RECIPE if name not in without_effect(config)}
-    recipe = [RECIPE[name].format(value) for name, value in changed.items() if value != getattr(defaults, name)]
-    return "\n".join(filter(None, (text, ", ".join(recipe))))
+    changed = {name: value for name, value in changed.items() if value != getattr(defaults, name)}
+    recipe = [RECIPE[name].format(" ".join(value) if name == "skip" else value) for name, value in changed.items()]
+    return singular("\n".join(filter(None, (text, ", ".join(recipe)))))
+
+
+def singular(text: str) -> str:
+    """The text with "1 epochs" and the like put right."""
+    return re.sub(r"\b1 (epoch|seed|thread)s\b", r"1 \1", text)
 
 
 # ── before training ──
@@ -284,8 +291,8 @@ def announce(dataset: Dataset, config: Config) -> None:
     machine = system.describe_machine(dataset.test_images.device)
     say(
         f"{title(dataset, config)}; {len(dataset.train_labels):,} training images\n"
-        f"{machine['hardware']}, {machine['threads']} threads, training in {config.precision}\n"
-        f"k %: {' '.join(f'{k:.15g}' for k in config.k)}"
+        + singular(f"{machine['hardware']}, {machine['threads']} threads, training in {config.precision}\n")
+        + f"k %: {' '.join(f'{k:.15g}' for k in config.k)}"
     )
     if 0 < config.k[-1] <= 1:
         say(f"warning: k is in %: did you mean {' '.join(f'{100 * k:g}' for k in config.k)}?")

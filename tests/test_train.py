@@ -527,3 +527,12 @@ def test_two_ranks_write_what_one_process_writes(tmp_path):
     assert files(tmp_path / "one") == files(tmp_path / "two")
     for name in (CSV, "models/digits_model.bin"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_titles_say_the_recipe_in_words():
+    digits = load("digits", ROOT / "inputs")
+    config = parse_config(["--epochs", "1", "--skip", "fc1", "fc2", "--finetune-epochs", "1", "--batch-size", "64"])
+    first, second = train.title(digits, config).splitlines()
+    assert first == "digits, 360 test images; 784-1000-1000-500-200-10, 1 epoch, seed 0"
+    assert second == "1 epoch of fine-tuning, fc1 fc2 spared"
+    assert "11 epochs" in train.title(digits, parse_config(["--epochs", "11"]))
