@@ -70,7 +70,7 @@ def _random_unit(weight: Tensor, generator: torch.Generator) -> Tensor:
 #     METHODS["taylor"] = taylor
 # It gets a detached weight with its .grad, outputs in dim 0 whatever the layer, and returns scores, the lowest of which
 # are pruned first: of weight's shape for a weight method, (units,) for a unit method. A method whose name begins with
-# "random" also gets a torch.Generator. Magnitudes (torch.abs) are taken block by block; other scores are held in memory.
+# "random" also gets a torch.Generator. Magnitudes (torch.abs) are taken block by block; others are held in memory.
 METHODS: dict[str, Callable[..., Tensor]] = {
     "weight": torch.abs,
     "unit": _relative_norm,
