@@ -116,13 +116,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_config(argv: Sequence[str] | None = None) -> Config:
-    """Read the command line.
-
-    Args:
-        argv: the arguments, without the program's name; None takes those of the process.
-
-    Returns:
-        The settings; k sorted, each once, 0 among them.
+    """Read the command line: k comes sorted, each once, 0 among them.
 
     Raises:
         SystemExit: 2 after one line on stderr for a bad setting, 0 after `--help`.

@@ -6,15 +6,14 @@ import hashlib
 import io
 import json
 import os
-import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for python -m src.train, python -I and symbolic links
 
@@ -22,8 +21,8 @@ import system
 from config import Config, parse_config, without_effect
 
 if __name__ == "__main__":  # before torch, whose import takes two seconds: a flag and Ctrl-C are answered at once
-    if sys.stderr is None:  # it was closed, and tqdm would take None for a terminal
-        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115  it was closed; tqdm takes None for a terminal
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # ranks that do not meet print pages beside the error
     system.stop_on_signals()
     parse_config()
 
@@ -35,49 +34,40 @@ import compress
 import prune
 import utils
 from costs import format_costs, measure_costs, plot_cost_sparsity
-from data import Batches, DataError, Dataset, load
+from data import Batches, Dataset, load
 from engine import Adam, Engine, Masks, gradual_masks, random_masks
 from model import SIZES, NeuralNetwork
 from system import say
 from utils import Row
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
+bar = partial(tqdm, leave=False, disable=None)  # None: only on a terminal
 BATCH_SIZE = {"mnist": 512, "digits": 64}  # images a training step
-# How a figure's title tells of settings that are not the default.
-RECIPE = {
-    "learning_rate": "learning rate {:g}", "weight_decay": "weight decay {:g}", "batch_size": "batch {}",
-    "label_smoothing": "label smoothing {:g}", "unit_lasso": "group lasso {:g}", "every_k": "trained for every k",
-    "finetune_epochs": "{} epochs of fine-tuning", "finetune_learning_rate": "at {:g}", "scope": "{} scope",
-    "skip": "{} spared", "prune_output": "output layer pruned, too",
-}  # fmt: skip
+RECIPE = (  # settings that a figure's title names where they are not the default
+    *("learning_rate", "weight_decay", "batch_size", "label_smoothing", "unit_lasso", "every_k", "finetune_epochs"),
+    *("finetune_learning_rate", "scope", "skip", "prune_output"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train, prune at every k, measure, plot.
-
-    Args:
-        argv: the arguments, without the program's name; None takes those of the process.
-
-    Returns:
-        The exit status: 0, or 1 if a plot could not be drawn.
+    """Train, prune at every k, measure, plot; return the exit status, 1 if a plot could not be drawn.
 
     Raises:
         SystemExit: 2 for a bad setting, 0 after `--help`.
-        DataError, OSError, ValueError, FloatingPointError: the job cannot be done.
+        OSError, ValueError, FloatingPointError: the job cannot be done.
     """
     config = parse_config(argv)
     rank, ranks = system.join_ranks()
+    if rank:  # rank 0 alone speaks
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     device = system.pick_device(config.device)
     dataset = load(config.dataset, config.inputs, holdout=config.holdout, device=device)
     if dataset.fallback_reason and ranks > 1:  # another rank may have found MNIST
-        raise DataError(f"{dataset.fallback_reason}; with several ranks choose --dataset digits to train on those")
+        raise ValueError(f"{dataset.fallback_reason}; with several ranks choose --dataset digits to train on those")
     config = decided(config, dataset, device)
     check_outputs(config)
     announce(dataset, config)
 
-    seeds = range(config.seed + rank, config.seed + config.seeds, ranks)
+    seeds, first = range(config.seed + rank, config.seed + config.seeds, ranks), None
     rows = read_progress(config, seeds)
     for seed in seeds:
         if any(row.seed == seed for row in rows):
@@ -88,9 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             train(model, dataset, config, seed)
         rows += [row for method in config.methods for row in sweep(model, method, dataset, config, seed)]
         write_progress(rows, config, rank)
+        first = first or model
 
     gathered = system.gather(rows, ranks)  # on rank 0
-    return 0 if gathered is None else report(gathered, dataset, config)
+    return report(gathered, first, dataset, config) if gathered else 0
 
 
 # ── networks ──
@@ -103,7 +94,7 @@ def train(model: nn.Module, dataset: Dataset, config: Config, seed: int) -> None
     masks = random_masks(model, steps, seed) if config.every_k else None
     engine = make_engine(model, config, steps, config.learning_rate, masks=masks, unit_lasso=config.unit_lasso)
     for epoch in range(1, config.epochs + 1):
-        training = engine.train_epoch(progress_bar(batches, f"epoch {epoch}/{config.epochs}"))
+        training = engine.train_epoch(bar(batches, f"epoch {epoch}/{config.epochs}"))
         testing = evaluate(model, dataset)
         what = "Held-out" if config.holdout else "Testing"
         say(f"Epoch:{epoch}/{config.epochs}, Training Set Accuracy: {training:.2%}, {what} Set Accuracy: {testing:.2%}")
@@ -131,7 +122,7 @@ def finetune(
         gradual = gradual_masks(network, method, sparsity, steps, **pruning(config))
         engine = make_engine(network, config, steps, peak, masks=gradual, straight_through=True)
         for epoch in range(1, epochs + 1):
-            engine.train_epoch(progress_bar(batches, f"{method} {k:g} %, epoch {epoch}/{epochs}"))
+            engine.train_epoch(bar(batches, f"{method} {k:g} %, epoch {epoch}/{epochs}"))
     prune.apply_masks(network, prune.find_masks(network, method, sparsity, **pruning(config)))
     for name, layer in network.named_children():
         setattr(pruned, name, layer)
@@ -164,7 +155,7 @@ def sweep(model: nn.Module, method: str, dataset: Dataset, config: Config, seed:
         small = compress.shrink(pruned)  # the same logits, sooner
         return small, 100 * evaluate(compress.to_sparse(small), dataset)
 
-    origin = seed if config.model is None else model_facts(config.model).get("seed")
+    origin = seed if config.model is None else None
     rows = []
     for k in config.k:
         retrain = partial(finetune, dense=model, method=method, k=k, dataset=dataset, config=config, seed=seed)
@@ -174,20 +165,15 @@ def sweep(model: nn.Module, method: str, dataset: Dataset, config: Config, seed:
         )  # fmt: skip
         small, accuracy = point.score
         tuned, finetuned = point.retrained_score or (small, None)
-        kept = weights_kept(tuned)
+        kept = sum(int(weight.count_nonzero()) for weight in tuned.parameters())
         rows.append(Row(origin, method, config.scope, k, 100 * point.achieved, kept, accuracy, finetuned))
         if (method, k) in config.keep and seed == config.seed:
             info = {"method": method, "k_percent": k, "weights_kept": kept}
             info["accuracy_percent"] = accuracy if finetuned is None else finetuned
-            path = kept_path(config, method, k)
+            path = model_path(config, f"{method}_{k:.15g}")
             compress.save_compressed(tuned, path, {**info, **describe(config)})
             say(f"wrote {path}")
     return rows
-
-
-def weights_kept(model: nn.Module) -> int:
-    """Number of non-zero weights."""
-    return sum(int(weight.count_nonzero()) for weight in model.parameters())
 
 
 def pruning(config: Config) -> dict[str, Any]:
@@ -195,38 +181,32 @@ def pruning(config: Config) -> dict[str, Any]:
     return {"scope": config.scope, "skip": config.skip, "prune_output": config.prune_output}
 
 
-def progress_bar(batches: Batches, text: str) -> Any:
-    """The batches of an epoch, with a bar if stderr is a terminal."""
-    return tqdm(batches, text, leave=False, disable=None)
-
-
 # ── results ──
 
 
-def report(rows: list[Row], dataset: Dataset, config: Config) -> int:
-    """Table, facts, CSV and plots of all seeds, and what else was asked for; returns the exit status."""
+def report(rows: list[Row], model: nn.Module | None, dataset: Dataset, config: Config) -> int:
+    """Table, facts, CSV and plots of all seeds, and the costs of the first network; returns the exit status."""
     rows = sorted(rows, key=lambda row: row.seed or 0)  # ranks and stopped runs bring them in other orders
     say(f"{utils.format_table(rows)}\n{utils.format_facts(rows)}")
-    write_rows(rows, output(config, "accuracy_sparsity.csv"))
+    write_rows(rows, plot_path(config, "accuracy_sparsity.csv"))
     text = title(dataset, config)
     published = utils.LENET_300_100 if config.finetune_epochs and dataset.name == "mnist" else ()  # retrained as well
-    drawn = [
-        draw(output(config, "accuracy_sparsity"), config, lambda: utils.plot_accuracy_sparsity(rows, text)),
-        draw(output(config, "accuracy_weights"), config, lambda: utils.plot_accuracy_weights(rows, text, published)),
-    ]
-    if config.costs:
-        if config.model is None and not is_first_network(config):
-            raise ValueError(f"{model_path(config)} was replaced during the run by another network: no costs of it")
-        model = load_model(config.model or model_path(config), dataset.test_images.device)
-        plain = [row for row in rows if row.seed == rows[0].seed and row.method in ("weight", "unit")]
-        costs = measure_costs(model, plain, dataset.test_images, **pruning(config))
+    plots: dict[str, Callable[[], Any]] = {
+        "accuracy_sparsity": lambda: utils.plot_accuracy_sparsity(rows, text),
+        "accuracy_weights": lambda: utils.plot_accuracy_weights(rows, text, published),
+    }
+    if config.costs and model is not None:
+        own = [row for row in rows if row.seed == rows[0].seed and row.method in ("weight", "unit")]
+        costs = measure_costs(model, own, dataset.test_images, **pruning(config))
         say(format_costs(costs))
-        write_rows(costs, output(config, "cost_sparsity.csv"))
-        drawn += [draw(output(config, "cost_sparsity"), config, lambda: plot_cost_sparsity(costs, text))]
+        write_rows(costs, plot_path(config, "cost_sparsity.csv"))
+        plots["cost_sparsity"] = lambda: plot_cost_sparsity(costs, text)
+    drawn = [draw(plot, plot_path(config, name), config.format) for name, plot in plots.items()]
     announce_older_results(config)
     announce_fallback(dataset)
-    for path in progress_files(config) if all(drawn) else ():  # else the same command draws again without training
-        path.unlink(missing_ok=True)
+    if all(drawn):  # else the same command draws again without training
+        for path in progress_files(config):
+            path.unlink(missing_ok=True)
     return 0 if all(drawn) else 1
 
 
@@ -235,20 +215,17 @@ def write_rows(rows: Sequence[Any], path: Path) -> None:
     try:
         utils.write_csv(path, rows)
     except OSError as error:
-        try:
-            rescued = Path(tempfile.mkdtemp()) / path.name
-            utils.write_csv(rescued, rows)
-        except OSError:
-            raise error from None
-        raise OSError(f"{system.one_line(error)}; the rows are in {rescued}") from error
+        rescued = Path(tempfile.mkdtemp()) / path.name
+        utils.write_csv(rescued, rows)
+        raise OSError(f"{error}; the rows are in {rescued}") from error
     say(f"wrote {path}")
 
 
-def draw(path: Path, config: Config, plot: Callable[[], "Figure"]) -> bool:
+def draw(plot: Callable[[], Any], path: Path, extra_format: str | None) -> bool:
     """Save a plot, and say whether that went well: one that cannot be drawn costs nothing but itself."""
     try:
         figure = plot()
-        for suffix in ("png", config.format) if config.format else ("png",):
+        for suffix in filter(None, ("png", extra_format)):
             utils.save_figure(path.with_suffix(f".{suffix}"), figure)
             say(f"wrote {path}.{suffix}")
         return True
@@ -258,21 +235,19 @@ def draw(path: Path, config: Config, plot: Callable[[], "Figure"]) -> bool:
 
 
 def title(dataset: Dataset, config: Config) -> str:
-    """What was run, for the figures: data, network and seeds; in a second line what is not as by default."""
+    """What was run, for the figures: data, network and seeds; in a second line the flags that are not as by default."""
     images = f"{len(dataset.test_labels):,} {'held-out' if config.holdout else 'test'} images"
     seeds = f"seed {config.seed}" if config.seeds == 1 else f"{config.seeds} seeds"
-    origin = f"{config.epochs} epochs, {seeds}" if config.model is None else f"network of {config.model.name}"
-    text = f"{dataset.name.replace('mnist', 'MNIST')}, {images}; {'-'.join(map(str, SIZES))}, {origin}"
-    defaults = replace(Config(), batch_size=BATCH_SIZE[dataset.name])
-    changed = {name: getattr(config, name) for name in RECIPE if name not in without_effect(config)}
-    changed = {name: value for name, value in changed.items() if value != getattr(defaults, name)}
-    recipe = [RECIPE[name].format(" ".join(value) if name == "skip" else value) for name, value in changed.items()]
-    return singular("\n".join(filter(None, (text, ", ".join(recipe)))))
-
-
-def singular(text: str) -> str:
-    """The text with "1 epochs" and the like put right."""
-    return re.sub(r"\b1 (epoch|seed|thread)s\b", r"1 \1", text)
+    training = f"{config.epochs} epoch{'s' * (config.epochs > 1)}, {seeds}"
+    origin = training if config.model is None else f"network of {config.model.name}"
+    lines = [f"{dataset.name.replace('mnist', 'MNIST')}, {images}; {'-'.join(map(str, SIZES))}, {origin}"]
+    defaults, flags = replace(Config(), batch_size=BATCH_SIZE[dataset.name]), []
+    for name in RECIPE:
+        value = getattr(config, name)
+        if value != getattr(defaults, name) and name not in without_effect(config):
+            words = " ".join(value) if isinstance(value, tuple) else "" if value is True else str(value)
+            flags.append(f"{name.replace('_', ' ')} {words}".strip())
+    return "\n".join([*lines, ", ".join(flags)]).strip()
 
 
 # ── before training ──
@@ -289,11 +264,9 @@ def announce(dataset: Dataset, config: Config) -> None:
     """Say what will be computed, on what and with what."""
     announce_fallback(dataset)
     machine = system.describe_machine(dataset.test_images.device)
-    say(
-        f"{title(dataset, config)}; {len(dataset.train_labels):,} training images\n"
-        + singular(f"{machine['hardware']}, {machine['threads']} threads, training in {config.precision}\n")
-        + f"k %: {' '.join(f'{k:.15g}' for k in config.k)}"
-    )
+    say(f"{title(dataset, config)}; {len(dataset.train_labels):,} training images")
+    say(f"{machine['hardware']}, threads: {machine['threads']}, training in {config.precision}")
+    say(f"k %: {' '.join(f'{k:.15g}' for k in config.k)}")
     if 0 < config.k[-1] <= 1:
         say(f"warning: k is in %: did you mean {' '.join(f'{100 * k:g}' for k in config.k)}?")
 
@@ -313,7 +286,7 @@ def check_outputs(config: Config) -> None:
     for path in result_files(config):
         if path.exists() and not path.is_file():
             raise FileExistsError(f"{path} is in the way: a folder or device, not a file")
-    kept = [kept_path(config, method, k).resolve() for method, k in config.keep]
+    kept = [model_path(config, f"{method}_{k:.15g}").resolve() for method, k in config.keep]
     if config.model is not None and config.model.resolve() in kept:
         raise FileExistsError(f"--keep would overwrite {config.model}, which --model reads: choose another --models")
 
@@ -326,36 +299,25 @@ def announce_older_results(config: Config) -> None:
                 say(f"{path} is of an earlier network")
 
 
+# ── files ──
+
+
 def result_files(config: Config) -> list[Path]:
     """What in the output folders is named as a run's files are."""
-    plots = [path for name in ("accuracy_*.*", "cost_*.*") for path in config.plots.glob(output(config, name).name)]
-    models = [
-        path for kind in ("model", "unit_*", "weight_*") for path in config.models.glob(f"{stem(config)}_{kind}.*")
-    ]
-    return sorted([*models, *plots])
+    patterns = [model_path(config, name).with_suffix(".*") for name in ("model", "unit_*", "weight_*")]
+    patterns += [plot_path(config, f"{name}_*.*") for name in ("accuracy", "cost")]
+    return sorted(path for pattern in patterns for path in pattern.parent.glob(pattern.name))
 
 
-def stem(config: Config) -> str:
-    """What file names begin with."""
-    return config.dataset + ("_holdout" if config.holdout else "")
+def model_path(config: Config, name: str = "model") -> Path:
+    """The file of the first network, or of a pruned one."""
+    return config.models / f"{config.dataset}{'_holdout' * config.holdout}_{name}.bin"
 
 
-def model_path(config: Config) -> Path:
-    """The file of the first network."""
-    return config.models / f"{stem(config)}_model.bin"
-
-
-def kept_path(config: Config, method: str, k: float) -> Path:
-    """The file of a pruned network."""
-    return config.models / f"{stem(config)}_{method}_{k:.15g}.bin"
-
-
-def output(config: Config, name: str) -> Path:
+def plot_path(config: Config, name: str) -> Path:
     """A file of numbers or a plot; MNIST's own have no prefix."""
-    return config.plots / (name if stem(config) == "mnist" else f"{stem(config)}_{name}")
-
-
-# ── what lies on disk between runs: the model with what describes it, and the seeds that are done ──
+    prefix = f"{config.dataset}{'_holdout' * config.holdout}_"
+    return config.plots / f"{prefix if prefix != 'mnist_' else ''}{name}"
 
 
 def describe(config: Config) -> dict[str, Any]:
@@ -376,12 +338,11 @@ def save_model(model: nn.Module, config: Config, accuracy: dict[str, float]) -> 
 
 
 def load_model(path: Path, device: torch.device) -> nn.Module:
-    """The network in a model file, a state_dict as a run or torch.save wrote it, or a kept one.
-
-    Raises:
-        OSError, ValueError: no such file, or none of these.
-    """
+    """The network in a model file: a state_dict as a run or torch.save wrote it, or a kept one."""
     state, _ = compress.load_compressed(path)
+    about = path.with_suffix(".json")
+    if about.is_file() and md5(path.read_bytes()) not in about.read_text(errors="replace"):
+        warnings.warn(f"{about} does not describe {path}: one of them was damaged, or is of another run", stacklevel=2)
     try:
         model = NeuralNetwork.from_state_dict(state).float()
         NeuralNetwork.from_state_dict(model.state_dict())  # finite in float32, too
@@ -392,38 +353,17 @@ def load_model(path: Path, device: torch.device) -> nn.Module:
     return model.to(device)
 
 
-def model_facts(path: Path) -> dict[str, Any]:
-    """What the JSON beside a model file says, if it is of that very file."""
-    about = path.with_suffix(".json")
-    if not about.is_file():
-        return {}
-    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-        facts = json.loads(about.read_bytes())
-        if facts["md5"] == md5(path.read_bytes()) and isinstance(facts["seed"], int):
-            return facts
-    warnings.warn(f"{about} does not describe {path}: one of them was damaged, or is of another run", stacklevel=2)
-    return {}
-
-
-def is_first_network(config: Config) -> bool:
-    """Whether the model file is that of the first seed, with these settings."""
-    facts = model_facts(model_path(config)) if model_path(config).is_file() else {}
-    return all(facts.get(name) == value for name, value in {"seed": config.seed, **describe(config)}.items())
-
-
 def md5(data: bytes) -> str:
     """The digest by which files are told apart."""
     return hashlib.md5(data, usedforsecurity=False).hexdigest()
 
 
-def progress_path(config: Config, rank: int | str = 0) -> Path:
-    """A file that is there while a run of several seeds is not whole; each rank has its own."""
-    return output(config, f"accuracy_sparsity{rank or ''}.unfinished")
+# ── the seeds that are done, so that a run which is stopped goes on ──
 
 
 def progress_files(config: Config) -> list[Path]:
-    """Those of all ranks."""
-    return sorted(config.plots.glob(progress_path(config, "*").name))
+    """The files that are there while a run of several seeds is not whole: one a rank."""
+    return sorted(config.plots.glob(plot_path(config, "accuracy_sparsity*.unfinished").name))
 
 
 def write_progress(rows: list[Row], config: Config, rank: int) -> None:
@@ -431,26 +371,23 @@ def write_progress(rows: list[Row], config: Config, rank: int) -> None:
     if config.seeds > 1:
         content = json.dumps({**describe(config), "rows": [asdict(row) for row in rows]}).encode()
         try:
-            system.write_file(progress_path(config, rank), f"{md5(content)}\n".encode() + content)
+            path = plot_path(config, f"accuracy_sparsity{rank or ''}.unfinished")
+            system.write_file(path, f"{md5(content)}\n".encode() + content)
         except OSError as error:  # the rows are still in memory
-            system.warn(
-                f"warning: {system.one_line(error)}: stopped now, the run would not go on after seed {rows[-1].seed}"
-            )
+            system.warn(f"warning: {error}: stopped now, the run would not go on after seed {rows[-1].seed}")
 
 
-def read_progress(config: Config, seeds: range) -> list[Row]:
+def read_progress(config: Config, seeds: Collection[int]) -> list[Row]:
     """The rows of these seeds that runs with the same settings and versions left when they were stopped."""
     rows: list[Row] = []
-    if config.seeds == 1:
-        return rows
-    stands = not (config.keep or config.costs) or is_first_network(config)  # these are of the first network
-    wanted = [seed for seed in seeds if stands or seed != config.seed]
-    for path in progress_files(config):
+    if config.keep or config.costs:  # which are of the first network
+        seeds = [seed for seed in seeds if seed != config.seed]
+    for path in progress_files(config) if config.seeds > 1 else ():
         digest, _, content = path.read_bytes().partition(b"\n")
         left = json.loads(content) if digest == md5(content).encode() else {}  # what is damaged is not even parsed
         found, done = [Row(**row) for row in left.pop("rows", [])], {row.seed for row in rows}
         if left == describe(config):
-            rows += [row for row in found if row.seed in wanted and row.seed not in done]
+            rows += [row for row in found if row.seed in seeds and row.seed not in done]
         else:
             say(f"{path} is damaged or of a run with other settings, so its seeds are trained again")
     if rows:

@@ -137,7 +137,6 @@ LEFT_OUT = {  # made by the others, and checking nothing; what is for axes of ou
     *(prune.SweepPoint, compress.SparseLinear, data.Dataset, data.DataError, utils.Row, utils.Curve, utils.Published),
     *(CostRow, utils.new_figure, utils.stretch_k_axis, utils.log_axis, utils.label_ends),
     *(system.say, system.warn, system.stop_on_signals, system.exit_status, system.join_ranks, system.gather),
-    system.product_time,
 }
 METHODS = {train_epoch: Engine.train_epoch, evaluate: Engine.evaluate, loss: Engine.loss,
            masks_of_steps: prune.find_masks, gradually: prune.find_masks}  # fmt: skip
@@ -200,7 +199,7 @@ def arguments(function: Callable[..., Any], chance: random.Random, folder: Path)
             given[name] = folder / given[name]
     if function in (evaluate, compress.latency) and "Lazy" in repr(given["model"]):  # whose first batch shapes it
         given["model"] = copy.deepcopy(MODELS[0])
-    if function in (costs.is_busy, costs.break_even, costs.dense_latency, costs.plot_cost_sparsity):
+    if function in (costs.break_even, costs.plot_cost_sparsity):
         typed = {"rows": argument("costs", chance), "batch_size": chance.choice((1, 8))}
         given |= {name: typed[name] for name in typed.keys() & given.keys()}
     if function is costs.measure_costs:
