@@ -12,7 +12,7 @@ import secrets
 import warnings
 import zipfile
 import zlib
-from functools import partial, reduce
+from functools import partial
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -29,9 +29,9 @@ ELEMENTWISE = (  # in eval mode; of nn.Sequential, empty ones
     *(nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold, nn.Dropout, nn.AlphaDropout, nn.Sequential),
 )
 SPARSE_DENSITY = 1 / 3  # measured on batches of 32 and more: sparse wins below 0.3 to 0.45, with AVX2 and with AVX-512
-SUM_BATCH = 16  # from this batch size on, summing rows beats MKL's CSR product
+SUM_BATCH = 16 if torch.backends.mkl.is_available() else 0  # from here on, summing rows beats MKL's CSR product
 PARTS, WIDTH = 4, 64  # 64 values of each of 1,000 features, 256 kB, stay in the cache of a core
-CACHED = 2**18  # values of all features, 1 MB, of which a layer by itself makes blocks
+CACHED = 2**18  # values of all features, 1 MB, that a layer by itself takes at once
 
 with warnings.catch_warnings(action="ignore"):  # torch calls CSR tensors a beta feature, once a process
     torch.sparse_csr_tensor([0, 0], [], [], (1, 1), dtype=torch.float32, device="cpu")
@@ -188,8 +188,7 @@ def to_sparse(model: nn.Module) -> nn.Module:
     for module in model.modules():
         chain = [leaf.eval() for leaf in _chain(module) or []]
         if any(isinstance(leaf, SparseLinear) for leaf in chain):
-            groups = groupby(chain, lambda leaf: _is_plain(leaf, SparseLinear, *ELEMENTWISE))
-            vars(module)["forward"] = partial(_forward_chain, [list(group) for _, group in groups])
+            vars(module)["forward"] = partial(_forward_chain, chain)
         elif isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # torch's fused encoder would read the weights, dense
         elif isinstance(module, nn.TransformerEncoder):
@@ -197,55 +196,13 @@ def to_sparse(model: nn.Module) -> nn.Module:
     return model
 
 
-# Features lie in rows, features x images, so that each weight scales a contiguous row. A layer by itself turns its
-# input and leaves its output turned in memory, where elementwise layers keep it and the next sparse layer finds it. In
-# chains, 256 images are cut into parts of 64, and W (out, in) is repeated for each, as blocks of a diagonal matrix:
+# Features lie in rows, features x images, so that a weight scales a contiguous row. A chain cuts 256 images into parts
+# of 64 and repeats W (out, in) for each, as blocks of a diagonal matrix. A layer by itself takes all its images as one.
 #
 #     W . . .     part 0 (in, 64)     part 0 (out, 64)     One product takes all parts, and as a thread goes through
 #     . W . .  @  part 1 (in, 64)  =  part 1 (out, 64)     one after the other, what it reads stays in the cache of its
-#     . . W .     part 2 (in, 64)     part 2 (out, 64)     core. The next layer takes the parts as they are.
-#     . . . W     part 3 (in, 64)     part 3 (out, 64)
-
-
-def _forward_chain(groups: list[list[Any]], features: Tensor) -> Tensor:
-    """The forward of a chain, (…) to (…): the layers of a group run as one, unless a hook is to see what they do."""
-    for layers in groups:
-        hooks = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
-        sparse = not hooks and any(isinstance(layer, SparseLinear) for layer in layers)
-        features = _multiply(layers, features) if sparse else reduce(lambda x, layer: layer(x), layers, features)
-    return features
-
-
-def _multiply(layers: list[Any], features: Tensor) -> Tensor:
-    """(…, in_features) through sparse and elementwise layers, to (…, out_features)."""
-    first, device = next(layer for layer in layers if isinstance(layer, SparseLinear)), features.device.type
-    if features.shape[-1] != first.in_features:
-        raise ValueError(f"expected {first.in_features} features, got {features.shape[-1]}")
-    if torch.is_autocast_enabled(device) and first.values.dtype != torch.float64:
-        with torch.autocast(device, enabled=False):  # the sums have no kernel of mixed types
-            return _multiply(layers, features.to(first.values.dtype)).to(torch.get_autocast_dtype(device))
-    batch = features.reshape(-1, first.in_features)  # (B, in)
-    if len(layers) == 1:
-        width = WIDTH * min(max(CACHED // first.in_features // WIDTH, 1), PARTS)
-        outputs = [first.multiply(images.t().contiguous()).t() for images in batch.split(width)]
-    else:
-        outputs = [_multiply_parts(layers, images) for images in batch.split(PARTS * WIDTH)]
-    output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-    return output.reshape(*features.shape[:-1], output.shape[1])
-
-
-def _multiply_parts(layers: list[Any], batch: Tensor) -> Tensor:
-    """Up to PARTS * WIDTH images, (B, in_features) to (B, out_features)."""
-    parts = max(1, -(-len(batch) // WIDTH))
-    padded = nn.functional.pad(batch, (0, 0, 0, -len(batch) % parts)) if len(batch) % parts else batch
-    turned = padded.unflatten(0, (parts, -1)).transpose(1, 2)  # (parts, in, B / parts)
-    blocks = turned.clone(memory_format=torch.contiguous_format).flatten(0, 1)
-    for layer in layers:  # (parts * in, B / parts)
-        if type(layer) is nn.ReLU:
-            blocks.relu_()  # memory that is new costs more than the sums
-        else:
-            blocks = layer.multiply(blocks) if isinstance(layer, SparseLinear) else layer(blocks)
-    return blocks.unflatten(0, (parts, -1)).transpose(1, 2).flatten(0, 1)[: len(batch)]
+#     . . W .     part 2 (in, 64)     part 2 (out, 64)     core. The next layer takes the parts as they are: 1.5 to 2
+#     . . . W     part 3 (in, 64)     part 3 (out, 64)     times as fast as turning the images back in between.
 
 
 class SparseLinear(nn.Linear):
@@ -282,8 +239,7 @@ class SparseLinear(nn.Linear):
     def multiply(self, blocks: Tensor) -> Tensor:
         """(parts * in_features, width) to (parts * out_features, width), as drawn above."""
         parts, width = len(blocks) // self.in_features, blocks.shape[1]
-        small = parts == 1 and width < SUM_BATCH and blocks.dtype in (torch.float32, torch.float64)
-        if small and torch.backends.mkl.is_available():
+        if parts == 1 and width < SUM_BATCH and blocks.dtype in (torch.float32, torch.float64):
             product = (self.csr() @ blocks.squeeze(1)).view(self.out_features, width)  # by a vector, it is faster still
         else:  # a kernel made to sum weighted rows is several times faster than the CSR product
             starts, used = self.part_starts[: parts * self.out_features + 1], parts * len(self.values)
@@ -292,6 +248,41 @@ class SparseLinear(nn.Linear):
         if self.bias is not None:
             product.view(parts, self.out_features, width).add_(self.bias.unsqueeze(1))
         return product
+
+
+def _forward_chain(chain: list[Any], features: Tensor) -> Tensor:
+    """The forward of a chain, (…) to (…): a sparse layer and the sparse and elementwise ones after it run as one."""
+    for plain, group in groupby(chain, lambda layer: _is_plain(layer, SparseLinear, *ELEMENTWISE)):
+        layers = list(group)
+        while layers and not (plain and isinstance(layers[0], SparseLinear)):
+            features = layers.pop(0)(features)
+        features = _multiply(layers, features) if layers else features
+    return features
+
+
+def _multiply(layers: list[Any], features: Tensor) -> Tensor:
+    """(…, in_features) through a sparse layer and those that follow it, to (…, out_features)."""
+    inputs, dtype, device = layers[0].in_features, layers[0].values.dtype, features.device.type
+    if features.shape[-1] != inputs:
+        raise ValueError(f"expected {inputs} features, got {features.shape[-1]}")
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        with torch.autocast(device, enabled=False):  # the sums have no kernel of mixed types
+            return _multiply(layers, features.to(dtype)).to(torch.get_autocast_dtype(device))
+    alone, outputs = len(layers) == 1, []
+    most = min(max(CACHED // inputs, WIDTH), PARTS * WIDTH) if alone else PARTS * WIDTH
+    for images in features.reshape(-1, inputs).split(most):  # (B, in)
+        parts = 1 if alone else max(1, -(-len(images) // WIDTH))
+        padding = -len(images) % parts
+        padded = nn.functional.pad(images, (0, 0, 0, padding)) if padding else images
+        blocks = padded.unflatten(0, (parts, -1)).transpose(1, 2).contiguous().flatten(0, 1)  # (parts * in, B / parts)
+        for layer in layers:
+            if type(layer) is nn.ReLU:
+                blocks.relu_()  # memory that is new costs more than the sums
+            else:
+                blocks = layer.multiply(blocks) if isinstance(layer, SparseLinear) else layer(blocks)
+        outputs.append(blocks.unflatten(0, (parts, -1)).transpose(1, 2).flatten(0, 1)[: len(images)])
+    output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    return output.reshape(*features.shape[:-1], output.shape[1])
 
 
 def save_compressed(
