@@ -64,6 +64,8 @@ def shrink(model: nn.Module) -> nn.Module:
             sends = torch.zeros(1, modules[0].in_features, dtype=torch.float64, device="cpu")  # not under autocast
             for module in modules:  # to (1, units)
                 sends = copy.deepcopy(module).to("cpu", torch.float64).eval()(sends)
+            if sends.shape != (1, following.in_features):
+                raise ValueError(f"{len(constant)} units do not fit a Linear layer of {following.in_features} inputs")
             if following.bias is None:
                 constant &= sends[0].eq(0)
             else:
@@ -82,17 +84,11 @@ def _links(model: nn.Module) -> list[tuple[list[Any], Any]]:
         raise ValueError(f"a {type(model).__name__} is no nn.Sequential and has no chain(): {cure}")
     names = {id(module): name for name, module in model.named_modules()}
     places = [place for place, module in enumerate(chain) if isinstance(module, nn.Linear)] or [len(chain)]
-    units = None  # of the last Linear layer so far
     for place, module in enumerate(chain[: places[-1] + 1]):
-        name = f"{names.get(id(module))} is a {type(module).__name__}"
         known = _is_plain(module, nn.Linear, nn.Flatten, nn.BatchNorm1d, *ELEMENTWISE)
-        if not known and (units is not None or any(True for _ in module.parameters())):
+        if not known and (place >= places[0] or any(True for _ in module.parameters())):
             remedy = "make its weights permanent (torch.nn.utils.prune.remove)" if place in places else cure
-            raise ValueError(f"{name}, which cannot be cut: {remedy}")
-        takes = getattr(module, "num_features", getattr(module, "in_features", units))
-        if units not in (None, takes):
-            raise ValueError(f"{name} that takes {takes}, not {units} units")
-        units = getattr(module, "out_features", units)
+            raise ValueError(f"{names.get(id(module))} is a {type(module).__name__}, which cannot be cut: {remedy}")
     parameters = [parameter for module in chain for parameter in module.parameters()]
     if len(set(parameters)) < len(parameters):
         raise ValueError("layers share parameters: no unit of one can go without that of the other")
