@@ -92,7 +92,7 @@ def format_costs(costs: Sequence[CostRow]) -> str:
 
 
 def plot_cost_sparsity(costs: Sequence[CostRow], title: str) -> "Figure":
-    """Four panels over k: accuracy, file size, and the speed-up over dense, with its milliseconds, at two batch sizes."""
+    """Four panels over k: accuracy, file size, and the speed-up over dense, beside milliseconds, at two batch sizes."""
     note = "bars: half the interquartile range of the latency to either side of its median"
     figure, panels = new_figure(2, 2, title, note)
     for panel in panels:
