@@ -8,7 +8,6 @@ import copy
 import gzip
 import io
 import os
-import tempfile
 import warnings
 import zipfile
 import zlib
@@ -257,15 +256,18 @@ def save_compressed(model_or_state_dict: Weights, path: str | Path, info: dict[s
     packed, target = _pack(model_or_state_dict, info), Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         raise FileExistsError(f"{path} is no regular file, so it is not replaced")
+    temporary = target.with_name(f".{os.urandom(8).hex()}.tmp")
     try:
-        with tempfile.TemporaryDirectory(".tmp", ".", target.parent) as folder:
-            with Path(folder, "file").open("xb") as file:
-                file.write(packed)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(folder, "file").replace(target)
+        with temporary.open("xb") as file:
+            file.write(packed)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
     except OSError as error:  # which names a file that people do not know
         raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        with suppress(OSError):  # it is gone where all went well
+            temporary.unlink()
 
 
 def stored_bytes(model_or_state_dict: Weights) -> int:
