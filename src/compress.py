@@ -11,6 +11,7 @@ import os
 import warnings
 import zipfile
 import zlib
+from collections.abc import Collection
 from contextlib import suppress
 from functools import partial
 from itertools import groupby, pairwise
@@ -81,19 +82,19 @@ def _links(model: nn.Module) -> list[tuple[list[Any], Any]]:
     cure = "Torch-Pruning (pip install torch-pruning) cuts convolutional, residual and attention networks"
     if (chain := _chain(model)) is None:
         raise ValueError(f"a {type(model).__name__} is no nn.Sequential and has no chain(): {cure}")
-    names = {id(module): name for name, module in model.named_modules()}
-    places = [place for place, module in enumerate(chain) if isinstance(module, nn.Linear)] or [len(chain)]
-    for place, module in enumerate(chain[: places[-1] + 1]):
-        known = _is_plain(module, nn.Linear, nn.Flatten, nn.BatchNorm1d, *ELEMENTWISE)
-        if not known and (place >= places[0] or any(True for _ in module.parameters())):
-            remedy = "make its weights permanent (torch.nn.utils.prune.remove)" if place in places else cure
-            raise ValueError(f"{names.get(id(module))} is a {type(module).__name__}, which cannot be cut: {remedy}")
+    names = {id(module): f"{name} is a {type(module).__name__}" for name, module in model.named_modules()}
+    positions = [position for position, module in enumerate(chain) if isinstance(module, nn.Linear)] or [len(chain)]
+    for position, module in enumerate(chain[: positions[-1] + 1]):
+        known = _is_plain(module, (nn.Linear, nn.Flatten, nn.BatchNorm1d, *ELEMENTWISE))
+        if not known and (position >= positions[0] or any(True for _ in module.parameters())):
+            remedy = "make its weights permanent (torch.nn.utils.prune.remove)" if position in positions else cure
+            raise ValueError(f"{names.get(id(module), type(module).__name__)}, which cannot be cut: {remedy}")
     parameters = [parameter for module in chain for parameter in module.parameters()]
     if len(set(parameters)) < len(parameters):
         raise ValueError("layers share parameters: no unit of one can go without that of the other")
     if wrong := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
         raise ValueError(f"{wrong[0]} has NaN or infinite values: removing units could hide them")
-    return [(chain[place:after], chain[after]) for place, after in pairwise(places)]
+    return [(chain[position:after], chain[after]) for position, after in pairwise(positions)]
 
 
 def _keep_units(modules: list[Any], following: nn.Linear, keep: Tensor) -> None:
@@ -121,7 +122,7 @@ def _chain(model: Any) -> list[Any] | None:
     return [leaf for module in (model.chain() if own else model) for leaf in (_chain(module) or [module])]
 
 
-def _is_plain(module: nn.Module, *classes: type) -> bool:
+def _is_plain(module: nn.Module, classes: Collection[type]) -> bool:
     """Whether a module is of one of these classes and nothing more: no subclass, hooks or computed weights."""
     hooks = module._forward_hooks or module._forward_pre_hooks
     return type(module) in classes and not hooks and vars(module).keys().isdisjoint({"weight", "bias"})
@@ -146,7 +147,7 @@ def to_sparse(model: nn.Module) -> nn.Module:
     """
     copies: dict[int, Any] = {}  # by the id of the original, as deepcopy keeps them: it takes ours for its own
     for layer in model.modules():
-        weight = layer.get_parameter("weight") if _is_plain(layer, nn.Linear) else torch.empty(0, device="cpu")
+        weight = layer.get_parameter("weight") if _is_plain(layer, (nn.Linear,)) else torch.empty(0, device="cpu")
         if weight.is_floating_point() and weight.count_nonzero() <= SPARSE_DENSITY * weight.numel() > 0:
             copies[id(layer)] = SparseLinear(layer)
     try:
@@ -235,9 +236,10 @@ class SparseLinear(nn.Linear):
 
 def _forward_chain(chain: list[Any], features: Tensor) -> Tensor:
     """The forward of a chain, (…) to (…): a sparse layer and the sparse and elementwise ones after it run as one."""
-    for plain, group in groupby(chain, lambda layer: _is_plain(layer, SparseLinear, *ELEMENTWISE)):
+    classes = {SparseLinear, *ELEMENTWISE}
+    for fused, group in groupby(chain, lambda layer: _is_plain(layer, classes)):
         layers = list(group)
-        while layers and not (plain and isinstance(layers[0], SparseLinear)):
+        while layers and not (fused and isinstance(layers[0], SparseLinear)):
             features = layers.pop(0)(features)
         features = layers[0](features, *layers[1:]) if layers else features
     return features
