@@ -8,20 +8,18 @@ import copy
 import gzip
 import io
 import os
-import secrets
 import warnings
 import zipfile
 import zlib
-from functools import partial, reduce
+from collections.abc import Collection
+from contextlib import suppress
+from functools import partial
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from torch.utils.benchmark import Measurement
 
 ELEMENTWISE = (  # in eval mode; of nn.Sequential, empty ones
     *(nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.Identity, nn.LeakyReLU),
@@ -29,28 +27,24 @@ ELEMENTWISE = (  # in eval mode; of nn.Sequential, empty ones
     *(nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold, nn.Dropout, nn.AlphaDropout, nn.Sequential),
 )
 SPARSE_DENSITY = 1 / 3  # measured on batches of 32 and more: sparse wins below 0.3 to 0.45, with AVX2 and with AVX-512
-SUM_BATCH = 16  # from this batch size on, summing rows beats MKL's CSR product
+SUM_BATCH = 16 if torch.backends.mkl.is_available() else 0  # from here on, summing rows beats MKL's CSR product
+UNPACKED = 2**30  # bytes that any file may unpack to
 PARTS, WIDTH = 4, 64  # 64 values of each of 1,000 features, 256 kB, stay in the cache of a core
-CACHED = 2**18  # values of all features, 1 MB, of which a layer by itself makes blocks
+CACHED = 2**18  # values of all features, 1 MB, that a layer by itself takes at once
+
+Weights = nn.Module | dict[str, Any]  # a model or its state_dict
 
 with warnings.catch_warnings(action="ignore"):  # torch calls CSR tensors a beta feature, once a process
     torch.sparse_csr_tensor([0, 0], [], [], (1, 1), dtype=torch.float32, device="cpu")
 
 
 def shrink(model: nn.Module) -> nn.Module:
-    """Remove every unit of an MLP that cannot change its logits in eval mode.
+    """Copy an MLP without the units that cannot change its logits in eval mode: a smaller model of the same class.
 
     A unit goes when its outgoing weights are all zero, or its incoming ones: the constant that it then sends moves into
-    the biases of the next layer (without biases, only units that send zero go). So on until no more can go. A layer
-    none of whose units matters keeps one, all zero.
-
-    Args:
-        model: an nn.Sequential, nested or not, or a model whose method ``chain()`` returns its modules in running
-            order: Linear layers with elementwise activations, Dropout, Flatten or BatchNorm1d between, and anything
-            after the last one. It is not changed.
-
-    Returns:
-        A dense model of the same class, with parameters of its own: training it takes a new optimizer.
+    the biases of the next layer (without biases, only units that send zero go). One unit of every layer stays. An MLP
+    is an nn.Sequential, nested or not, or has a method ``chain()`` that returns its modules in running order: Linear,
+    with elementwise layers, Flatten and BatchNorm1d between, and anything after the last one.
 
     Raises:
         ValueError: another kind of model, layers that do not fit, or NaN or infinite weights.
@@ -66,7 +60,18 @@ def shrink(model: nn.Module) -> nn.Module:
     links = _links(smaller)
     with torch.no_grad():
         for modules, following in links:
-            _drop_constant_units(modules, following)
+            constant = modules[0].weight.eq(0).all(1).cpu()  # (units,): no input reaches them
+            sends = torch.zeros(1, modules[0].in_features, dtype=torch.float64, device="cpu")  # not under autocast
+            for module in modules:  # to (1, units)
+                sends = copy.deepcopy(module).to("cpu", torch.float64).eval()(sends)
+            if sends.shape != (1, following.in_features):
+                raise ValueError(f"{len(constant)} units do not fit a Linear layer of {following.in_features} inputs")
+            if following.bias is None:
+                constant &= sends[0].eq(0)
+            else:
+                moved = following.weight.cpu().double()[:, constant] @ sends[0, constant]
+                following.bias.copy_(following.bias.cpu().double() + moved)
+            _keep_units(modules, following, ~constant)
         for modules, following in reversed(links):  # once each way is enough: unread units feed no kept unit
             _keep_units(modules, following, following.weight.ne(0).any(0))
     return smaller
@@ -78,53 +83,27 @@ def _links(model: nn.Module) -> list[tuple[list[Any], Any]]:
     if (chain := _chain(model)) is None:
         raise ValueError(f"a {type(model).__name__} is no nn.Sequential and has no chain(): {cure}")
     names = {id(module): f"{name} is a {type(module).__name__}" for name, module in model.named_modules()}
-    places = [place for place, module in enumerate(chain) if isinstance(module, nn.Linear)] or [len(chain)]
-    for place, module in enumerate(chain[: places[-1] + 1]):
-        known = (nn.Linear, nn.Flatten, nn.BatchNorm1d, *ELEMENTWISE)
-        if not _is_plain(module, *known) and (place >= places[0] or any(True for _ in module.parameters())):
-            remedy = "make its weights permanent (torch.nn.utils.prune.remove)" if place in places else cure
+    positions = [position for position, module in enumerate(chain) if isinstance(module, nn.Linear)] or [len(chain)]
+    for position, module in enumerate(chain[: positions[-1] + 1]):
+        known = _is_plain(module, (nn.Linear, nn.Flatten, nn.BatchNorm1d, *ELEMENTWISE))
+        if not known and (position >= positions[0] or any(True for _ in module.parameters())):
+            remedy = "make its weights permanent (torch.nn.utils.prune.remove)" if position in positions else cure
             raise ValueError(f"{names.get(id(module), type(module).__name__)}, which cannot be cut: {remedy}")
-    links = [(chain[place:after], chain[after]) for place, after in pairwise(places)]
-    for (layer, *between), following in links:
-        for module in (*between, following):
-            takes = getattr(module, "num_features", getattr(module, "in_features", layer.out_features))
-            if takes != layer.out_features:
-                raise ValueError(f"{names[id(module)]} that takes {takes}, not {layer.out_features} units")
     parameters = [parameter for module in chain for parameter in module.parameters()]
     if len(set(parameters)) < len(parameters):
         raise ValueError("layers share parameters: no unit of one can go without that of the other")
-    for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            raise ValueError(f"{name} has NaN or infinite values: removing units could hide them")
-    return links
-
-
-def _drop_constant_units(modules: list[Any], following: nn.Linear) -> None:
-    """Remove the units of modules[0] that no input reaches, once what they send is in the biases of `following`."""
-    layer, *between = modules
-    constant = layer.weight.eq(0).all(1)  # (units,)
-    sends = torch.zeros(1, len(constant), dtype=torch.float64, device="cpu")  # exacter than the weights, not autocast
-    if layer.bias is not None:
-        sends += layer.bias.cpu()
-    for module in between:
-        sends = copy.deepcopy(module).to("cpu", torch.float64).eval()(sends)
-    if following.bias is None:
-        constant &= sends.eq(0).flatten().to(constant.device)
-    else:
-        moved = following.weight[:, constant].cpu().double() @ sends.flatten()[constant.cpu()]
-        following.bias.copy_(following.bias.cpu().double() + moved)
-    _keep_units(modules, following, ~constant)
+    if wrong := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
+        raise ValueError(f"{wrong[0]} has NaN or infinite values: removing units could hide them")
+    return [(chain[position:after], chain[after]) for position, after in pairwise(positions)]
 
 
 def _keep_units(modules: list[Any], following: nn.Linear, keep: Tensor) -> None:
     """Cut modules[0] and all that reads its units, up to `following`, to those in `keep` (units,), in place."""
-    if keep.all():
-        return
     if not keep.any():  # initializers, exporters and kernels do not take empty layers well: one unit stays
-        keep = torch.arange(len(keep), device=keep.device) == 0
+        keep = torch.arange(len(keep), device="cpu") == 0
         for parameter in (*modules[0].parameters(), following.weight):
             parameter.zero_()
-    units = keep.nonzero().squeeze(1)
+    units = keep.nonzero().squeeze(1).to(following.weight.device)
     for module in modules:
         for tensor in (*module.parameters(), *module.buffers()):
             if tensor.dim():  # all but BatchNorm's count of batches
@@ -135,37 +114,27 @@ def _keep_units(modules: list[Any], following: nn.Linear, keep: Tensor) -> None:
     modules[0].out_features = following.in_features = len(units)
 
 
-def _chain(model: nn.Module) -> list[Any] | None:
+def _chain(model: Any) -> list[Any] | None:
     """The modules of a model in running order, nested chains laid flat; None if it does not run one after another."""
-    if callable(getattr(type(model), "chain", None)):
-        modules = model.chain()  # type: ignore[operator]
-    elif isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward:
-        modules = model
-    else:
+    own = callable(getattr(type(model), "chain", None))
+    if not own and getattr(type(model), "forward", None) is not nn.Sequential.forward:
         return None
-    return [leaf for module in modules for leaf in (_chain(module) or [module])]
+    return [leaf for module in (model.chain() if own else model) for leaf in (_chain(module) or [module])]
 
 
-def _is_plain(module: nn.Module, *classes: type) -> bool:
+def _is_plain(module: nn.Module, classes: Collection[type]) -> bool:
     """Whether a module is of one of these classes and nothing more: no subclass, hooks or computed weights."""
     hooks = module._forward_hooks or module._forward_pre_hooks
     return type(module) in classes and not hooks and vars(module).keys().isdisjoint({"weight", "bias"})
 
 
 def to_sparse(model: nn.Module) -> nn.Module:
-    """A copy for inference that skips the zeros of every nn.Linear of which two thirds or more are zero.
+    """Copy a model for inference, so that it skips the zeros of every nn.Linear of which two thirds or more are zero.
 
-    It is made for pruned weights (after unit pruning, `shrink` alone is faster) and batches of 32 and more (a single
-    image gains only where nine weights in ten are zero), and is fastest in chains as `shrink` takes them. A non-zero
-    fp32 weight takes 40 bytes. On CUDA it is untested. Save `model`, and make it sparse after loading.
-
-    Args:
-        model: any model; it is not changed. Subclasses of nn.Linear and layers with hooks or parametrizations stay
-            dense, as do the projections that nn.MultiheadAttention reads by itself.
-
-    Returns:
-        A model of the same class in eval mode, without gradients, with the outputs of `model` in eval mode for finite
-        inputs, to rounding.
+    It pays for pruned weights (after unit pruning, `shrink` alone is faster) and batches of 32 and more, most in chains
+    as `shrink` takes them. The copy is in eval mode and without gradients, its outputs for finite inputs are those of
+    `model` in eval mode, to rounding. Subclasses of nn.Linear, layers with hooks or parametrizations and what
+    nn.MultiheadAttention reads by itself stay dense. Save `model`: a non-zero fp32 weight of the copy takes 40 bytes.
 
     Raises:
         ValueError: weights that torch.nn.utils.prune still computes.
@@ -178,7 +147,7 @@ def to_sparse(model: nn.Module) -> nn.Module:
     """
     copies: dict[int, Any] = {}  # by the id of the original, as deepcopy keeps them: it takes ours for its own
     for layer in model.modules():
-        weight = layer.get_parameter("weight") if _is_plain(layer, nn.Linear) else torch.empty(0, device="cpu")
+        weight = layer.get_parameter("weight") if _is_plain(layer, (nn.Linear,)) else torch.empty(0, device="cpu")
         if weight.is_floating_point() and weight.count_nonzero() <= SPARSE_DENSITY * weight.numel() > 0:
             copies[id(layer)] = SparseLinear(layer)
     try:
@@ -188,64 +157,16 @@ def to_sparse(model: nn.Module) -> nn.Module:
     for module in model.modules():
         chain = [leaf.eval() for leaf in _chain(module) or []]
         if any(isinstance(leaf, SparseLinear) for leaf in chain):
-            groups = groupby(chain, lambda leaf: _is_plain(leaf, SparseLinear, *ELEMENTWISE))
-            vars(module)["forward"] = partial(_forward_chain, [list(group) for _, group in groups])
-        elif isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0  # torch's fused encoder would read the weights, dense
-        elif isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
+            vars(module)["forward"] = partial(_forward_chain, chain)
+        elif isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer):
+            vars(module).update(activation_relu_or_gelu=0, use_nested_tensor=False)  # torch's fused one reads weights
     return model
 
 
-# Features lie in rows, features x images, so that each weight scales a contiguous row. A layer by itself turns its
-# input and leaves its output turned in memory, where elementwise layers keep it and the next sparse layer finds it. In
-# chains, 256 images are cut into parts of 64, and W (out, in) is repeated for each, as blocks of a diagonal matrix:
-#
-#     W . . .     part 0 (in, 64)     part 0 (out, 64)     One product takes all parts, and as a thread goes through
-#     . W . .  @  part 1 (in, 64)  =  part 1 (out, 64)     one after the other, what it reads stays in the cache of its
-#     . . W .     part 2 (in, 64)     part 2 (out, 64)     core. The next layer takes the parts as they are.
-#     . . . W     part 3 (in, 64)     part 3 (out, 64)
-
-
-def _forward_chain(groups: list[list[Any]], features: Tensor) -> Tensor:
-    """The forward of a chain, (…) to (…): the layers of a group run as one, unless a hook is to see what they do."""
-    for layers in groups:
-        hooks = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
-        sparse = not hooks and any(isinstance(layer, SparseLinear) for layer in layers)
-        features = _multiply(layers, features) if sparse else reduce(lambda x, layer: layer(x), layers, features)
-    return features
-
-
-def _multiply(layers: list[Any], features: Tensor) -> Tensor:
-    """(…, in_features) through sparse and elementwise layers, to (…, out_features)."""
-    first, device = next(layer for layer in layers if isinstance(layer, SparseLinear)), features.device.type
-    if features.shape[-1] != first.in_features:
-        raise ValueError(f"expected {first.in_features} features, got {features.shape[-1]}")
-    if torch.is_autocast_enabled(device) and first.values.dtype != torch.float64:
-        with torch.autocast(device, enabled=False):  # the sums have no kernel of mixed types
-            return _multiply(layers, features.to(first.values.dtype)).to(torch.get_autocast_dtype(device))
-    batch = features.reshape(-1, first.in_features)  # (B, in)
-    if len(layers) == 1:
-        width = WIDTH * min(max(CACHED // first.in_features // WIDTH, 1), PARTS)
-        outputs = [first.multiply(images.t().contiguous()).t() for images in batch.split(width)]
-    else:
-        outputs = [_multiply_parts(layers, images) for images in batch.split(PARTS * WIDTH)]
-    output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-    return output.reshape(*features.shape[:-1], output.shape[1])
-
-
-def _multiply_parts(layers: list[Any], batch: Tensor) -> Tensor:
-    """Up to PARTS * WIDTH images, (B, in_features) to (B, out_features)."""
-    parts = max(1, -(-len(batch) // WIDTH))
-    padded = nn.functional.pad(batch, (0, 0, 0, -len(batch) % parts)) if len(batch) % parts else batch
-    turned = padded.unflatten(0, (parts, -1)).transpose(1, 2)  # (parts, in, B / parts)
-    blocks = turned.clone(memory_format=torch.contiguous_format).flatten(0, 1)
-    for layer in layers:  # (parts * in, B / parts)
-        if type(layer) is nn.ReLU:
-            blocks.relu_()  # memory that is new costs more than the sums
-        else:
-            blocks = layer.multiply(blocks) if isinstance(layer, SparseLinear) else layer(blocks)
-    return blocks.unflatten(0, (parts, -1)).transpose(1, 2).flatten(0, 1)[: len(batch)]
+# Features lie in rows, features x images, so that a weight scales a contiguous row. A chain cuts 256 images into parts
+# of 64 and repeats W (out, in) for each, as blocks of a diagonal matrix: as a thread goes through one part after the
+# other, what it reads stays in the cache of its core, and the next layer takes the parts as they are. That is 1.5 to 2
+# times as fast as turning the images in between.
 
 
 class SparseLinear(nn.Linear):
@@ -275,15 +196,34 @@ class SparseLinear(nn.Linear):
         """(out_features, in_features), dense and made at every reading, for models that read it."""
         return self.csr().to_dense()
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(…, in_features) to (…, out_features)."""
-        return _multiply([self], input)
+    def forward(self, input: Tensor, *following: Any) -> Tensor:
+        """(…, in_features) through this layer and the sparse and elementwise ones that follow, to (…, out_features)."""
+        inputs, dtype, device = self.in_features, self.values.dtype, input.device.type
+        if input.shape[-1] != inputs:
+            raise ValueError(f"expected {inputs} features, got {input.shape[-1]}")
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:
+            with torch.autocast(device, enabled=False):  # the sums have no kernel of mixed types
+                return self.forward(input.to(dtype), *following).to(torch.get_autocast_dtype(device))
+        most, outputs = PARTS * WIDTH if following else min(max(CACHED // inputs, WIDTH), PARTS * WIDTH), []
+        for images in input.reshape(-1, inputs).split(most):  # (B, in)
+            parts = max(1, -(-len(images) // WIDTH)) if following else 1
+            padding = -len(images) % parts
+            padded = nn.functional.pad(images, (0, 0, 0, padding)) if padding else images
+            turned = padded.unflatten(0, (parts, -1)).transpose(1, 2).contiguous()  # (parts, in, B / parts)
+            blocks = self.multiply(turned.flatten(0, 1))
+            for layer in following:
+                if type(layer) is nn.ReLU:
+                    blocks.relu_()  # memory that is new costs more than the sums
+                else:
+                    blocks = layer.multiply(blocks) if isinstance(layer, SparseLinear) else layer(blocks)
+            outputs.append(blocks.unflatten(0, (parts, -1)).transpose(1, 2).flatten(0, 1)[: len(images)])
+        output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        return output.reshape(*input.shape[:-1], output.shape[1])
 
     def multiply(self, blocks: Tensor) -> Tensor:
-        """(parts * in_features, width) to (parts * out_features, width), as drawn above."""
+        """(parts * in_features, width) to (parts * out_features, width), part after part."""
         parts, width = len(blocks) // self.in_features, blocks.shape[1]
-        small = parts == 1 and width < SUM_BATCH and blocks.dtype in (torch.float32, torch.float64)
-        if small and torch.backends.mkl.is_available():
+        if parts == 1 and width < SUM_BATCH and blocks.dtype in (torch.float32, torch.float64):
             product = (self.csr() @ blocks.squeeze(1)).view(self.out_features, width)  # by a vector, it is faster still
         else:  # a kernel made to sum weighted rows is several times faster than the CSR product
             starts, used = self.part_starts[: parts * self.out_features + 1], parts * len(self.values)
@@ -294,24 +234,31 @@ class SparseLinear(nn.Linear):
         return product
 
 
-def save_compressed(
-    model_or_state_dict: nn.Module | dict[str, Any], path: str | Path, info: dict[str, Any] | None = None
-) -> None:
+def _forward_chain(chain: list[Any], features: Tensor) -> Tensor:
+    """The forward of a chain, (…) to (…): a sparse layer and the sparse and elementwise ones after it run as one."""
+    classes = {SparseLinear, *ELEMENTWISE}
+    for fused, group in groupby(chain, lambda layer: _is_plain(layer, classes)):
+        layers = list(group)
+        while layers and not (fused and isinstance(layers[0], SparseLinear)):
+            features = layers.pop(0)(features)
+        features = layers[0](features, *layers[1:]) if layers else features
+    return features
+
+
+def save_compressed(model_or_state_dict: Weights, path: str | Path, info: dict[str, Any] | None = None) -> None:
     """Save weights in as few bytes as their zeros allow, every bit kept: gzip of torch.save, whole or not at all.
 
-    Args:
-        model_or_state_dict: any model or its state_dict; ``shrink(model)``, to drop removed units too.
-        path: file to write; its folder must exist. A symbolic link stays, its target is replaced.
-        info: plain values (str, int, float, list, dict, …) to keep with it, such as {"accuracy": 0.98}.
+    `info` are plain values (str, int, float, list, dict, …) to keep with them, such as {"accuracy": 0.98}. The folder
+    of `path` must exist. A symbolic link stays, its target is replaced.
 
     Raises:
-        TypeError, ValueError: what is not or does not hold plain data.
+        ValueError: what is no model or state_dict, or does not hold plain data.
         OSError: the file cannot be written, or what stands there is no regular file.
     """
     packed, target = _pack(model_or_state_dict, info), Path(os.path.realpath(path))
-    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     if target.exists() and not target.is_file():
         raise FileExistsError(f"{path} is no regular file, so it is not replaced")
+    temporary = target.with_name(f".{os.urandom(8).hex()}.tmp")
     try:
         with temporary.open("xb") as file:
             file.write(packed)
@@ -321,82 +268,66 @@ def save_compressed(
     except OSError as error:  # which names a file that people do not know
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        if temporary.exists():
+        with suppress(OSError):  # it is gone where all went well
             temporary.unlink()
 
 
-def stored_bytes(model_or_state_dict: nn.Module | dict[str, Any]) -> int:
+def stored_bytes(model_or_state_dict: Weights) -> int:
     """Size in bytes of the file that ``save_compressed(model_or_state_dict, path)`` writes.
 
     Example:
-        >>> weights = torch.rand(100, 100)
-        >>> stored_bytes({"fc1": torch.where(weights > 0.9, weights, 0)}) < stored_bytes({"fc1": weights}) / 4
+        >>> stored_bytes({"fc1": torch.eye(100)}) < stored_bytes({"fc1": torch.rand(100, 100)}) / 20
         True
     """
     return len(_pack(model_or_state_dict, None))
 
 
-def load_compressed(path: str | Path, *, limit: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Load what `save_compressed` wrote: the state_dict, on the CPU, and `info`. Nothing in it is ever executed.
+def load_compressed(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Load the state_dict, on the CPU, and `info` from a file of `save_compressed` or a state_dict of torch.save.
 
-    A state_dict as torch.save wrote it is read as well, its checksums verified, too.
-
-    Args:
-        path: the file.
-        limit: bytes that it may unpack to; by default 1 GiB, or 128 times its size where that is more. A network of
-            which 99 % are zero unpacks to 80 times its size, a hostile file to as much as 1,032 times.
+    Checksums are verified, and nothing in the file is executed. It may unpack to 1 GiB, or to 128 times its size where
+    that is more: a network of which 99 % are zero unpacks to 80 times, a hostile file to as much as 1,032 times.
 
     Raises:
-        ValueError: the file is cut short, damaged, not one of these, or asks for more memory than `limit`.
+        ValueError: the file is cut short, damaged, not one of these, or asks for more memory.
         OSError: the file cannot be read.
     """
-    name = repr(str(path))[1:-1]  # with its control characters escaped
     if Path(path).exists() and not Path(path).is_file():
-        raise ValueError(f"{name} is no regular file, so not from save_compressed")
-    with Path(path).open("rb") as file:
-        limit = limit or max(2**30, 128 * os.fstat(file.fileno()).st_size)
+        raise ValueError(f"{str(path)!r} is no regular file, so not from save_compressed")
+    with Path(path).open("rb") as file, suppress(Exception):  # of many types; torch's words advise to execute the file
+        limit = max(UNPACKED, 128 * os.fstat(file.fileno()).st_size)
+        if file.peek(2)[:2] == b"PK":  # torch.save's own, not packed
+            return _read(file, limit)
         unpacker, content = zlib.decompressobj(wbits=31), io.BytesIO()  # 31: gzip, with its checksum
-        try:
-            if file.peek(2)[:2] == b"PK":  # torch.save's own, not packed
-                return _read(file, limit)
-            while not unpacker.eof and content.tell() <= limit and (packed := file.read(2**13)):
-                content.write(unpacker.decompress(packed))  # 8 MB at most
-            if unpacker.eof and not unpacker.unused_data and not file.read(1):
-                return _read(content, limit)
-        except OSError:
-            raise
-        except Exception:  # of many types, and torch's words advise to execute the file
-            pass
-    raise ValueError(f"{name} is damaged, not from save_compressed, or unpacks to more than {limit:,} bytes")
+        while not unpacker.eof and content.tell() <= limit and (packed := file.read(2**13)):
+            content.write(unpacker.decompress(packed))  # 8 MB at most
+        if unpacker.eof and not unpacker.unused_data and not file.read(1):
+            return _read(content, limit)
+    raise ValueError(f"{str(path)!r} is damaged, not from save_compressed, or asks for more than {limit:,} bytes")
 
 
-def _pack(model_or_state_dict: nn.Module | dict[str, Any], info: dict[str, Any] | None) -> bytes:
-    """The bytes of the file."""
+def _pack(model_or_state_dict: Weights, info: dict[str, Any] | None) -> bytes:
     state = model_or_state_dict.state_dict() if isinstance(model_or_state_dict, nn.Module) else model_or_state_dict
-    if not isinstance(state, dict) or not isinstance(info, dict | None):
-        raise TypeError(f"expected a model or state_dict and a dict, got {type(state).__name__}, {type(info).__name__}")
     state, content = copy.copy(state), io.BytesIO()  # copied with the versions that torch keeps in an attribute
     try:
         for name, value in state.items():
             if isinstance(value, Tensor):
-                tensor = value.detach().cpu()
-                if tensor.untyped_storage().nbytes() > tensor.nbytes or not tensor.is_contiguous():
-                    tensor = tensor.clone(memory_format=torch.contiguous_format)  # without what else is in its memory
-                state[name] = tensor
-        torch.save({"state_dict": state, "info": info or {}}, content)
-        _read(content, limit=2**63)
+                tensor = value.detach().cpu()  # without what else is in its memory:
+                state[name] = tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+        torch.save({"state_dict": state, "info": {} if info is None else info}, content)
+        _read(content, 2**63)
     except Exception:
-        raise ValueError("only dense tensors and plain values (str, int, float, list, dict, …) can be stored") from None
+        raise ValueError("only dense tensors by name and plain values (str, int, list, …) can be stored") from None
     return gzip.compress(content.getbuffer(), 6, mtime=0)  # level 9 makes it 2 % smaller in eight times the time
 
 
 def _read(content: IO[bytes], limit: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """State_dict and info of an unpacked file, or any exception."""
-    with zipfile.ZipFile(content) as archive:
-        if sum(entry.file_size for entry in archive.infolist()) > content.seek(0, io.SEEK_END) or archive.testzip():
-            raise ValueError("it is packed once more, or damaged, which torch does not check")
-        if any(b"bytearray\n" in archive.read(name) for name in archive.namelist() if name.endswith(".pkl")):
-            raise ValueError("it asks torch for a bytearray, which may be of any length")
+    with zipfile.ZipFile(content) as archive:  # torch checks neither sizes nor checksums, nor how long a bytearray is
+        large = sum(entry.file_size for entry in archive.infolist()) > content.seek(0, io.SEEK_END)
+        pickles = [name for name in archive.namelist() if name.endswith(".pkl")]
+        if large or archive.testzip() or any(b"bytearray\n" in archive.read(name) for name in pickles):
+            raise ValueError("it is packed once more, damaged, or asks for any amount of memory")
     content.seek(0)
     loaded = torch.load(content, map_location="cpu", weights_only=True)
     state, info = (loaded["state_dict"], loaded["info"]) if "state_dict" in loaded else (loaded, {})
@@ -407,16 +338,10 @@ def _read(content: IO[bytes], limit: int) -> tuple[dict[str, Any], dict[str, Any
     return state, info
 
 
-def latency(model: nn.Module, batch: Tensor, min_run_time: float = 0.5) -> "Measurement":
+def latency(model: nn.Module, batch: Tensor, min_run_time: float = 0.5) -> "torch.utils.benchmark.Measurement":
     """Time ``model(batch)`` for inference, in the mode it is in, on torch's current threads, synchronized with CUDA.
 
-    Args:
-        model: any module.
-        batch: (B, …) input, on the model's device.
-        min_run_time: seconds to measure for, after a warm-up.
-
-    Returns:
-        ``.median`` and ``.iqr`` (interquartile range) in seconds a batch, and more.
+    `min_run_time` is in seconds, ``.median`` and ``.iqr`` (between the quartiles) of the result in seconds a batch.
 
     Example:
         >>> latency(nn.Linear(784, 100), torch.rand(256, 784), min_run_time=0.01).median < 1

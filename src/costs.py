@@ -13,12 +13,10 @@ from prune import prune_model
 from utils import COLORS, MARKERS, NAMES, Row, log_axis, new_figure, stretch_k_axis
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 BATCH_SIZES = (1, 256)  # images
-ROUNDS = 5
-ROUND_SECONDS = 0.1  # a network, a batch size
+ROUNDS, ROUND_SECONDS = 5, 0.1  # for every network and batch size
 BUSY = 0.5  # of the median: where the quartiles lie further apart, something else ran on the machine
 
 
@@ -38,85 +36,63 @@ class CostRow:
 
 
 def measure_costs(model: nn.Module, rows: Sequence[Row], images: Tensor, **pruning: Any) -> list[CostRow]:
-    """Measure what the network of every row costs in each form that suits it, at each batch size.
+    """Measure what the network of every row costs in each form that suits it, at each batch size, all in turns.
 
-    All take turns, so that what else the machine does hits all of them. A terminal shows how far it is.
-
-    Args:
-        model: the unpruned network.
-        rows: points of its curves; those of random pruning are left out.
-        images: (B, …) with B of 256 or more, on the model's device.
-        **pruning: what the rows were pruned with: `scope`, `skip`, … of `prune_model`.
+    The rows are of `model`, by weights or by units, pruned as `pruning` says: `scope`, `skip`, … of `prune_model`.
+    `images` are (B, …) with B of 256 or more, on the model's device. A terminal shows how far it is.
     """
-    from torch.utils.benchmark import Measurement  # slow to import
-
-    dense_bytes, turns = sum(tensor.nbytes for tensor in model.state_dict().values()), []
-    for row in [row for row in rows if row.method in ("weight", "unit")]:
+    turns: list[tuple[CostRow, nn.Module, list[Any]]] = []
+    dense_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
+    for row in rows:
         pruned = prune_model(model, row.method, row.k_percent / 100, **pruning)
         small = shrink(pruned)
-        sparse, file_bytes = to_sparse(small), stored_bytes(small)
-        forms: dict[str, nn.Module] = {"shrunk": small} if row.method == "unit" else {"dense": pruned}
+        file_bytes, sparse = stored_bytes(small), to_sparse(small)
+        forms = {"shrunk": small} if row.method == "unit" else {"dense": pruned}
         if row.method == "weight" and any(isinstance(layer, SparseLinear) for layer in sparse.modules()):
             forms["sparse"] = sparse
         for form, network in forms.items():
             fields = (row.method, row.k_percent, row.accuracy_percent, form, file_bytes, dense_bytes)
-            turns += [(CostRow(*fields, size), network, list[Measurement]()) for size in BATCH_SIZES]
+            turns += [(CostRow(*fields, size), network, []) for size in BATCH_SIZES]
     for cost, network, times in tqdm(turns * ROUNDS, "costs", leave=False, disable=None):  # None: only on a terminal
         times.append(latency(network, images[: cost.batch_size], ROUND_SECONDS))
-    merged = [(cost, Measurement.merge(times)[0]) for cost, _, times in turns]
+    merged = [(cost, times[0].merge(times)[0]) for cost, _, times in turns]
     return [replace(cost, latency_ms=1e3 * time.median, latency_iqr_ms=1e3 * time.iqr) for cost, time in merged]
 
 
-def is_busy(rows: Sequence[CostRow]) -> bool:
-    """Whether the times of some row vary so much that nothing follows from them."""
-    return any(row.latency_iqr_ms > BUSY * row.latency_ms for row in rows)
-
-
-def break_even(costs: Sequence[CostRow], batch_size: int) -> tuple[float | None, str]:
-    """Smallest k in % from which on sparse kernels are faster than dense ones, by the medians, if any; and in words."""
-    rows = [row for row in costs if row.batch_size == batch_size and row.method == "weight"]
-    if is_busy(rows):
-        return None, "the machine is busy: no conclusion"
-    times, found = {(row.form, row.k_percent): row.latency_ms for row in rows}, None
-    for k in sorted((k for form, k in times if form == "sparse"), reverse=True):
-        if times["sparse", k] >= times["dense", k]:
-            break
-        found = k
-    return found, "sparse kernels do not pay" if found is None else f"sparse kernels pay from k = {found:g} % on"
-
-
-def dense_latency(costs: Sequence[CostRow], batch_size: int) -> float:
-    """Median in ms of the unpruned network, and of those whose zeros are multiplied as other weights are."""
-    alike = [row for row in costs if row.batch_size == batch_size and (row.form == "dense" or row.k_percent == 0)]
-    return float(np.median([row.latency_ms for row in alike]))
+def break_even(costs: Sequence[CostRow], batch_size: int) -> tuple[float, float | None, str]:
+    """Latency of dense kernels in ms, the smallest k in % from which on sparse ones are faster, if any, and words."""
+    rows = [row for row in costs if row.batch_size == batch_size]
+    dense = float(np.median([row.latency_ms for row in rows if row.form == "dense" or row.k_percent == 0]))
+    if any(row.latency_iqr_ms > BUSY * row.latency_ms for row in rows if row.method == "weight"):
+        return dense, None, "the machine is busy: no conclusion"
+    times = {(row.form, row.k_percent): row.latency_ms for row in rows}
+    sparse = [k for form, k in times if form == "sparse"]
+    slower = max((k for k in sparse if times["sparse", k] >= times["dense", k]), default=-1)
+    found = min((k for k in sparse if k > slower), default=None)
+    return dense, found, "sparse kernels do not pay" if found is None else f"sparse kernels pay from k = {found:g} % on"
 
 
 def format_costs(costs: Sequence[CostRow]) -> str:
     """A table for people: file and latency of every network in its fastest form, and when sparse kernels pay."""
-    sizes = sorted({row.batch_size for row in costs})
-    head = "".join(f"{f'batch {size}: ms':>22}{'speed-up':>10}" for size in sizes)
+    found = {size: break_even(costs, size) for size in sorted({row.batch_size for row in costs})}
+    head = "".join(f"{f'batch {size}: ms':>22}{'speed-up':>10}" for size in found)
     lines = [f"{'k %':>13}{'file kB':>9}{'% of dense':>12}{head}", "-" * (34 + len(head))]
     for method, k in dict.fromkeys((row.method, row.k_percent) for row in costs):
         rows = [row for row in costs if (row.method, row.k_percent) == (method, k)]
         file, dense = rows[0].stored_bytes, rows[0].dense_bytes
         line = f"{NAMES[method]:7}{k:6g}{file / 1e3:9,.0f}{100 * file / dense:12.2f}"
-        for size in sizes:
+        for size, (dense_ms, _, _) in found.items():
             best = min((row for row in rows if row.batch_size == size), key=lambda row: row.latency_ms)
-            faster = "busy" if is_busy([best]) else f"{dense_latency(costs, size) / best.latency_ms:.2f}"
+            faster = "busy" if best.latency_iqr_ms > BUSY * best.latency_ms else f"{dense_ms / best.latency_ms:.2f}"
             line += f"{f'{best.form} {best.latency_ms:.3g}':>22}{faster:>10}"
         lines.append(line)
     packed = max(row.stored_bytes for row in costs)
     lines.append(f"dense file: {dense / 1e6:.2f} MB, {packed / 1e6:.2f} MB in gzip ({packed / dense:.1%})")
-    return "\n".join(lines + [f"batch {size}: {break_even(costs, size)[1]}" for size in sizes])
+    return "\n".join(lines + [f"batch {size}: {words}" for size, (_, _, words) in found.items()])
 
 
 def plot_cost_sparsity(costs: Sequence[CostRow], title: str) -> "Figure":
-    """Four panels over k: accuracy, file size, and the speed-up over dense, with its milliseconds, at two batch sizes.
-
-    Args:
-        costs: of one network.
-        title: what was measured and on what, in one line.
-    """
+    """Four panels over k: accuracy, file size, and the speed-up over dense, beside milliseconds, at two batch sizes."""
     note = "bars: half the interquartile range of the latency to either side of its median"
     figure, panels = new_figure(2, 2, title, note)
     for panel in panels:
@@ -136,20 +112,16 @@ def plot_cost_sparsity(costs: Sequence[CostRow], title: str) -> "Figure":
     return figure
 
 
-def _draw_speed_up(axes: "Axes", costs: Sequence[CostRow], batch_size: int) -> None:
-    """How many times as fast as dense every form is at one batch size, with the milliseconds to the right."""
-    dense, (pays_from, words) = dense_latency(costs, batch_size), break_even(costs, batch_size)
+def _draw_speed_up(axes: Any, costs: Sequence[CostRow], batch_size: int) -> None:
+    dense, pays_from, words = break_even(costs, batch_size)
     for method, form in dict.fromkeys((row.method, row.form) for row in costs):
         rows = [row for row in costs if (row.method, row.form, row.batch_size) == (method, form, batch_size)]
-        style: dict[str, Any] = {"color": COLORS[method], "linewidth": 2, "markersize": 5}
-        if form == "dense":
-            style = {"color": "0.6", "linewidth": 1, "markersize": 3}
-        times = np.array([row.latency_ms for row in rows])
-        half = np.minimum(np.array([row.latency_iqr_ms for row in rows]) / 2, 0.9 * times)  # no bar ends at infinity
-        bars = [dense / times - dense / (times + half), dense / (times - half) - dense / times]
-        name = f"{NAMES[method]}, {form}" + " kernels" * (form != "shrunk")
-        k = [row.k_percent for row in rows]
-        axes.errorbar(k, dense / times, bars, marker=MARKERS[method], elinewidth=1, label=name, **style)
+        k, times = [row.k_percent for row in rows], np.array([row.latency_ms for row in rows])
+        half = np.minimum([row.latency_iqr_ms / 2 for row in rows], 0.9 * times)  # no bar ends at infinity
+        color, width, size = ("0.6", 1, 3) if form == "dense" else (COLORS[method], 2, 5)
+        label = f"{NAMES[method]}, {form}" + " kernels" * (form != "shrunk")
+        axes.plot(k, dense / times, MARKERS[method] + "-", c=color, linewidth=width, markersize=size, label=label)
+        axes.vlines(k, dense / (times + half), dense / (times - half), color, linewidth=1)
     if pays_from is not None:
         axes.axvline(pays_from, color=COLORS["weight"], linewidth=1, linestyle=(0, (4, 3)), zorder=0)
     axes.set_title(words, fontsize=9.5, color=COLORS["weight"])

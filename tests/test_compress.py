@@ -328,11 +328,7 @@ REFUSED = [
     (nn.Sequential(nn.Linear(4, 4), Residual(SHARED), nn.Linear(4, 2)), "1 is a Residual, .* Torch-Pruning"),
     (nn.TransformerEncoderLayer(4, 2, 4), "TransformerEncoderLayer .* Torch-Pruning"),
     (torchvision.models.resnet18(), "ResNet .* Torch-Pruning"),
-    (nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(8, 2)), "2 is a Linear that takes 8, not 4 units"),
-    (
-        nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(8), nn.Linear(4, 2)),
-        "1 is a BatchNorm1d that takes 8, not 4 units",
-    ),
+    (nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(8, 2)), "4 units do not fit a Linear layer of 8 inputs"),
     (nn.Sequential(SHARED, nn.ReLU(), SHARED), "share parameters"),
     (nn.Sequential(nn.Linear(4, 4), NORM, nn.Linear(4, 4), NORM, nn.Linear(4, 4)), "share parameters"),
     (nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))), "0 is a ParametrizedLinear.*permanent"),
@@ -375,7 +371,7 @@ def test_sparse_layers_give_the_same_logits(model, batch_size):
 @pytest.mark.parametrize("sparsity", [0.6, 0.7, 0.95, 1])
 def test_sparse_networks_of_every_dtype(monkeypatch, mkl, dtype, sparsity):
     if not mkl:
-        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+        monkeypatch.setattr(compress, "SUM_BATCH", 0)
     model = zero_smallest(NeuralNetwork((30, 50, 40, 10)).to(dtype), sparsity)
     sparse = to_sparse(model)
     assert type(sparse) is NeuralNetwork and sparse.sizes == model.sizes
@@ -650,11 +646,11 @@ def saved(tmp_path):
     return path
 
 
-def assert_refused(path, match="is damaged, not from save_compressed, or unpacks to more than", **limit):
+def assert_refused(path, match="is damaged, not from save_compressed, or asks for more than"):
     with pytest.raises(ValueError, match=match) as caught:
-        load_compressed(path, **limit)
+        load_compressed(path)
     message = str(caught.value)
-    assert message.startswith(str(path)) and message.isprintable() and "weights_only" not in message
+    assert message.startswith(repr(str(path))) and message.isprintable() and "weights_only" not in message
     assert caught.value.__cause__ is None and (caught.value.__context__ is None or caught.value.__suppress_context__)
 
 
@@ -722,18 +718,20 @@ def test_other_files_are_refused(tmp_path):
         load_compressed(tmp_path / "nowhere.bin")
     red = tmp_path / "\x1b[31mrot für\n.bin"
     red.write_bytes(data)
-    with pytest.raises(ValueError, match=r"\\x1b\[31mrot für\\n.bin is damaged") as caught:
+    with pytest.raises(ValueError, match=r"\\x1b\[31mrot für\\n.bin' is damaged") as caught:
         load_compressed(red)
     assert str(caught.value).isprintable()
 
 
-def test_files_that_ask_for_more_memory_than_they_have_are_refused(tmp_path):
+def test_files_that_ask_for_more_memory_than_they_have_are_refused(monkeypatch, tmp_path):
     path = tmp_path / "bomb.bin"
     packer = zlib.compressobj(wbits=31)
     path.write_bytes(b"".join(packer.compress(bytes(10**7)) for _ in range(10)) + packer.flush())  # 0.1 MB, of 0.1 GB
     tracemalloc.start()
     try:
-        assert_refused(path, limit=10**7)
+        with monkeypatch.context() as patch:
+            patch.setattr(compress, "UNPACKED", 10**7)
+            assert_refused(path)
         assert tracemalloc.get_traced_memory()[1] < 5 * 10**7
         tracemalloc.clear_traces()
         for value in (torch.ones(1).expand(10**9), torch.ones(2).as_strided((10**9,), (0,))):
@@ -789,9 +787,11 @@ def test_what_cannot_be_stored_leaves_the_old_file(saved):
     ):
         with pytest.raises(ValueError, match="can be stored"):
             save_compressed(bad_model, saved, bad_info)
-    for arguments in ((model, saved, "abc"), ([1], saved), (None, saved), (model, 5)):
-        with pytest.raises(TypeError):
+    for arguments in ((model, saved, "abc"), ([1], saved), (None, saved)):
+        with pytest.raises(ValueError, match="can be stored"):
             save_compressed(*arguments)
+    with pytest.raises(TypeError):
+        save_compressed(model, 5)
     assert saved.read_bytes() == before and [path.name for path in saved.parent.iterdir()] == ["model.bin"]
 
 
@@ -859,7 +859,7 @@ def test_latency_states_its_threads_and_leaves_the_model():
 @pytest.mark.filterwarnings("default")
 def test_the_examples_hold():
     results = doctest.testmod(compress)
-    assert results.attempted >= 9 and results.failed == 0
+    assert results.attempted >= 8 and results.failed == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

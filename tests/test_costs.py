@@ -6,7 +6,7 @@ from torch import nn
 
 import compress
 import costs
-from costs import CostRow, break_even, dense_latency, format_costs, measure_costs, plot_cost_sparsity
+from costs import CostRow, break_even, format_costs, measure_costs, plot_cost_sparsity
 from model import NeuralNetwork
 from prune import prune_model
 from utils import Row, save_figure
@@ -26,37 +26,31 @@ def make_costs(spread=0.1, batch_sizes=(1, 256)):
     return made
 
 
+def changed(form, k, **changes):
+    """The costs of make_costs, where those of one form at one k are others."""
+    rows = make_costs()
+    return [dataclasses.replace(row, **changes) if (row.form, row.k_percent) == (form, k) else row for row in rows]
+
+
 def test_break_even_is_the_smallest_k_from_which_on_sparse_is_faster():
-    assert break_even(make_costs(), 256) == (70, "sparse kernels pay from k = 70 % on")
-    slower_once = [
-        dataclasses.replace(row, latency_ms=4.0) if (row.form, row.k_percent) == ("sparse", 70) else row
-        for row in make_costs()
-    ]
-    assert break_even(slower_once, 256)[0] == 99  # as fast is not faster
+    assert break_even(make_costs(), 256) == (4, 70, "sparse kernels pay from k = 70 % on")
+    assert break_even(changed("sparse", 70, latency_ms=4.0), 256)[1] == 99  # as fast is not faster
     always_slower = [row for row in make_costs() if row.form != "sparse" or row.k_percent < 60]
-    assert break_even(always_slower, 256) == (None, "sparse kernels do not pay")
-    assert break_even([row for row in make_costs() if row.form != "sparse"], 256)[0] is None
+    never_sparse = [row for row in make_costs() if row.form != "sparse"]
+    only_units = [row for row in make_costs() if row.method == "unit"]  # the unpruned one is dense
+    for rows in (always_slower, never_sparse, only_units):
+        assert break_even(rows, 256) == (4, None, "sparse kernels do not pay")
 
 
 def test_a_busy_machine_allows_no_conclusion():
     calm, busy = make_costs(spread=0.5), make_costs(spread=0.51)
-    assert break_even(calm, 1)[0] == 70
-    assert break_even(busy, 1) == (None, "the machine is busy: no conclusion")
-    one_busy = [
-        dataclasses.replace(row, latency_iqr_ms=row.latency_ms)
-        if (row.form, row.k_percent, row.batch_size) == ("dense", 0, 1)
-        else row
-        for row in make_costs()
-    ]
-    assert break_even(one_busy, 1)[0] is None and break_even(one_busy, 256)[0] == 70
+    assert break_even(calm, 1)[1] == 70
+    assert break_even(busy, 1)[1:] == (None, "the machine is busy: no conclusion")
+    one_busy = changed("dense", 0, latency_iqr_ms=2.5)
+    assert break_even(one_busy, 256)[1] is None
     table = format_costs(busy)
     assert "no conclusion" in table and "busy" in table and "pay" not in table
     assert plot_cost_sparsity(busy, "a title").axes[3].get_title() == "the machine is busy: no conclusion"
-
-
-def test_the_dense_latency_is_of_all_that_multiply_zeros():
-    assert dense_latency(make_costs(), 256) == 4
-    assert dense_latency([row for row in make_costs() if row.method == "unit"], 256) == 4  # the unpruned one
 
 
 def test_the_table_has_a_line_a_network_in_its_fastest_form():
@@ -82,7 +76,7 @@ def test_the_figure_shows_every_form_as_speed_up_beside_milliseconds(methods, tm
     assert figure.get_suptitle() == "a title"
     assert accuracy.get_lines()[0].get_xydata().tolist() == [[k, 98 - k / 10] for k in KS]
     assert file.get_lines()[0].get_ydata()[0] == pytest.approx(95.01)
-    drawn = {container.get_label(): container[0].get_ydata() for container in speed.containers}
+    drawn = {line.get_label(): line.get_ydata() for line in speed.get_lines()}
     if "weight" in methods:
         assert drawn["weights, sparse kernels"] == pytest.approx([4 / (10 - k / 10) for k in KS])
         assert drawn["weights, dense kernels"] == pytest.approx([1] * 4)
@@ -112,9 +106,7 @@ def test_measured_costs_are_those_of_the_pruned_networks(monkeypatch, capsys):
 
     monkeypatch.setattr(costs, "latency", latency)
     model = NeuralNetwork((30, 40, 20, 10))
-    rows = [
-        Row(0, method, "global", k, k, 0, 90.0 - k) for method in ("weight", "unit", "random_unit") for k in (0.0, 90.0)
-    ]
+    rows = [Row(0, method, "global", k, k, 0, 90.0 - k) for method in ("weight", "unit") for k in (0.0, 90.0)]
     measured = measure_costs(model, rows, torch.rand(300, 30), scope="global", skip=("fc1",))
     assert "%|" not in capsys.readouterr().err  # a bar is for terminals
     assert [(row.method, row.k_percent, row.form, row.batch_size) for row in measured] == [
