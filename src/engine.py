@@ -4,160 +4,98 @@ import contextlib
 import inspect
 import random
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.optim.lr_scheduler import LRScheduler
 
 from prune import apply_masks, find_masks
 from utils import l2
 
-Batches = Iterable[tuple[Tensor, Tensor]]
+Batches = Iterable[tuple[Tensor, Tensor]]  # images (B, …) and class numbers (B,); B may differ from batch to batch
 Masks = Mapping[str, Tensor]  # parameter name → mask, as prune.find_masks returns them
 DIVERGED = 1000.0  # nats: the right class at e^-1000, on average over an epoch; no training comes back from there
 
 
+@dataclass(eq=False)
 class Engine:
-    """Trains and evaluates a classifier.
+    """Trains and evaluates a classifier; TypeError or ValueError for a setting of another type or out of range.
 
-    Args:
-        model: maps images (B, …) to logits (B, classes).
-        optimizer: over the model's parameters; needed for training alone.
-        scheduler: stepped once a batch.
-        masks: the masks of each step, or None for a step through the dense weights. A step goes through the pruned
-            weights and moves the dense ones, so the model stays dense: `prune.apply_masks` prunes it at the end.
-            `itertools.repeat(masks)` holds the same masks throughout.
-        straight_through: pruned weights take part in such a step, with the gradient at zero, and may outgrow others
-            (Guo et al., "Dynamic Network Surgery", 2016). Otherwise they get no gradient.
-        precision: of the training passes; torch.bfloat16 runs them under autocast. Weights stay as they are.
-        label_smoothing: share of every target that is spread over all classes, in [0, 1], in training alone.
-        unit_lasso: strength λ ≥ 0 of the pull on the L2 norm of every hidden unit.
-
-    Raises:
-        TypeError: `model` is no module, or `precision` no torch.dtype.
-        ValueError: `label_smoothing` or `unit_lasso` is out of range.
-
-    Example:
-        >>> model = nn.Linear(2, 2)
-        >>> engine = Engine(model, torch.optim.SGD(model.parameters(), lr=0.1))
-        >>> batches = [(torch.eye(2), torch.tensor([0, 1]))]
-        >>> for epoch in range(100):
-        ...     accuracy = engine.train_epoch(batches)
-        >>> engine.evaluate(batches)
-        1.0
+    >>> model, batches = nn.Linear(2, 2), [(torch.eye(2), torch.tensor([0, 1]))]
+    >>> engine = Engine(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    >>> [engine.train_epoch(batches) for epoch in range(100)][-1], engine.evaluate(batches)
+    (1.0, 1.0)
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer | None = None,
-        *,
-        scheduler: LRScheduler | None = None,
-        masks: Iterable[Masks | None] | None = None,
-        straight_through: bool = False,
-        precision: torch.dtype = torch.float32,
-        label_smoothing: float = 0.0,
-        unit_lasso: float = 0.0,
-    ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if not isinstance(precision, torch.dtype):
-            raise TypeError(f"precision must be a torch.dtype, such as torch.bfloat16, got {precision!r}")
-        if not (0 <= label_smoothing <= 1 and unit_lasso >= 0):
-            given = f"{label_smoothing} and {unit_lasso}"
+    model: nn.Module  # maps images (B, …) to logits (B, classes)
+    optimizer: torch.optim.Optimizer | None = None  # over the model's parameters; needed for training alone
+    _: KW_ONLY
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None  # stepped once a batch
+    # Of each step, None for a dense one. A step goes through the pruned weights and moves the dense ones: at the end
+    # `prune.apply_masks` prunes the model. `itertools.repeat(masks)` holds the same masks throughout.
+    masks: Iterable[Masks | None] | None = None
+    straight_through: bool = False  # pruned weights get a gradient as well, and may outgrow others (Guo et al. 2016)
+    precision: torch.dtype = torch.float32  # of the training passes; bfloat16 is autocast: weights stay as they are
+    label_smoothing: float = 0.0  # share of every target that is spread over all classes, in [0, 1], in training alone
+    unit_lasso: float = 0.0  # strength λ ≥ 0 of the pull on the L2 norm of every hidden unit
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if not isinstance(self.model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(self.model).__name__}")
+        if not isinstance(self.precision, torch.dtype):
+            raise TypeError(f"precision must be a torch.dtype, such as torch.bfloat16, got {self.precision!r}")
+        if not (0 <= self.label_smoothing <= 1 and self.unit_lasso >= 0):
+            given = f"{self.label_smoothing} and {self.unit_lasso}"
             raise ValueError(f"label_smoothing must be in [0, 1] and unit_lasso >= 0, got {given}")
-        self.model = model
-        self.optimizer = optimizer
-        self.scheduler = scheduler
-        self.masks = None if masks is None else iter(masks)
-        self.straight_through = straight_through
-        self.precision = precision
-        self.label_smoothing = label_smoothing
-        self.unit_lasso = unit_lasso
-        weights = [weight for weight in model.parameters() if weight.dim() > 1]
-        # The units of the output layer are the classes, and frozen layers stay as they are.
-        self.hidden_weights = [weight for weight in weights[:-1] if weight.requires_grad]
+        self._masks = None if self.masks is None else iter(self.masks)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats, with the engine's label smoothing.
-
-        Args:
-            logits: (B, classes), any float type; computed in float32.
-            targets: (B,) class numbers.
-
-        Raises:
-            IndexError: a class number that the logits do not have.
-            RuntimeError: shapes or types that do not fit.
-        """
-        return functional.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing)
+        """Mean cross-entropy in nats of logits (B, classes) for classes (B,); IndexError, RuntimeError: as torch."""
+        return nn.functional.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing)
 
     def train_epoch(self, batches: Batches) -> float:
-        """One pass over the batches.
+        """Train on every batch; return the accuracy in [0, 1] over all images, each in its own training pass.
 
-        Args:
-            batches: pairs of images (B, …) and class numbers (B,); B may differ from batch to batch.
-
-        Returns:
-            Accuracy in [0, 1] over all samples, each as it was classified in its own training pass.
-
-        Raises:
-            FloatingPointError: the mean loss exceeds `DIVERGED`, or it or a weight became NaN or infinite.
-            ValueError: no optimizer, no batches, targets that are not one a logit row, or masks that end too soon or
-                are another model's.
-            IndexError, RuntimeError: as `loss`, or as the model on images that it cannot take.
+        Raises: FloatingPointError: it diverged. IndexError, RuntimeError: of the model or `loss`. ValueError: the rest.
         """
         if self.optimizer is None:
             raise ValueError("training needs an optimizer: Engine(model, optimizer)")
         self.model.train()
-        counts = []  # left on the device: reading one would make the CPU wait for every step
-        losses = []
-        samples = 0
+        hits, losses = [], []  # left on the device: reading one would make the CPU wait for every step
         for images, targets in batches:
             self.optimizer.zero_grad()
-            with self._pruned(self._next_masks()):
+            with self._pruned():
                 with torch.autocast(images.device.type, self.precision, enabled=self.precision != torch.float32):
-                    logits = self._classify(images, targets)  # (B, classes)
+                    logits = self.model(images)  # (B, classes)
+                hits.append(_hits(logits, targets))
                 loss = self.loss(logits, targets)
                 loss.backward()
-            self._step(self.optimizer)
-            samples += len(targets)
-            counts.append((logits.detach().argmax(1) == targets).sum())
+            self.optimizer.step()
+            if self.unit_lasso:
+                self._pull(self.optimizer.param_groups[0]["lr"])
+            if self.scheduler is not None:
+                self.scheduler.step()
             losses.append(loss.detach())
-        if samples == 0:
-            raise ValueError("there are no batches to train on")
-        mean_loss = torch.stack(losses).mean().item()
+        accuracy, mean_loss = _accuracy(hits), torch.stack(losses).mean().item()
         if not (mean_loss < DIVERGED and all(weight.isfinite().all() for weight in self.model.parameters())):
             raise FloatingPointError(f"diverged, with a mean loss of {mean_loss:.3g}: the learning rate is too high")
-        return int(torch.stack(counts).sum()) / samples
+        return accuracy
 
-    def _classify(self, images: Tensor, targets: Tensor) -> Tensor:
-        logits = self.model(images)  # (B, classes)
-        if targets.shape != logits.shape[:1]:  # (B, 1) would be compared with every row, and count more than there is
-            raise ValueError(f"expected {len(logits)} targets, one an image, got shape {tuple(targets.shape)}")
-        return logits
-
-    def _step(self, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.step()
-        if self.unit_lasso:
-            self._pull(optimizer.param_groups[0]["lr"])
-        if self.scheduler is not None:
-            self.scheduler.step()
-
-    def _next_masks(self) -> Masks | None:
-        if self.masks is None:
-            return None
-        for masks in self.masks:
-            return masks
-        raise ValueError("there are fewer masks than steps: itertools.repeat(masks) holds the same ones throughout")
+    @torch.inference_mode()
+    def evaluate(self, batches: Batches) -> float:
+        """Accuracy in [0, 1] in the model's own precision, in eval mode; ValueError, RuntimeError: as `train_epoch`."""
+        self.model.eval()
+        return _accuracy([_hits(self.model(images), targets) for images, targets in batches])
 
     @contextlib.contextmanager
-    def _pruned(self, masks: Masks | None) -> Iterator[None]:
-        """Prune the weights for the time of a pass; the dense ones come back for the step."""
-        if masks is None:
-            yield
-            return
+    def _pruned(self) -> Iterator[None]:
+        """Prune the weights by the next masks for the time of a pass; the dense ones come back for the step."""
+        try:
+            masks = (next(self._masks) if self._masks else None) or {}
+        except StopIteration:
+            raise ValueError("fewer masks than steps: itertools.repeat(masks) holds the same ones throughout") from None
         parameters = dict(self.model.named_parameters())
         if unknown := masks.keys() - parameters.keys():
             raise ValueError(f"the model has no parameter {', '.join(sorted(unknown))}, which the masks name")
@@ -170,49 +108,35 @@ class Engine:
         finally:
             for parameter, weight in dense.items():
                 parameter.data = weight
-        if not self.straight_through:
-            for name, mask in masks.items():
-                if (gradient := parameters[name].grad) is not None:  # none where a layer is frozen
-                    gradient.mul_(mask)
+        for name, mask in masks.items():
+            if not self.straight_through and (gradient := parameters[name].grad) is not None:  # None: it is frozen
+                gradient.mul_(mask)
 
     @torch.no_grad()
     def _pull(self, learning_rate: float) -> None:
         """Proximal step of the group lasso: every hidden unit's norm shrinks by lr · λ, and no further than 0."""
-        for weight in self.hidden_weights:
+        hidden = [weight for weight in self.model.parameters() if weight.dim() > 1][:-1]  # output units are classes
+        for weight in (weight for weight in hidden if weight.requires_grad):
             norm = l2(weight).clamp_(min=torch.finfo(weight.dtype).tiny)  # (out,), none of them 0
-            scale = (1 - learning_rate * self.unit_lasso / norm).clamp_(min=0)
-            weight.mul_(scale.view(-1, *[1] * (weight.dim() - 1)))
-
-    @torch.inference_mode()
-    def evaluate(self, batches: Batches) -> float:
-        """Accuracy in [0, 1] over all samples, computed in the model's own precision. It leaves the model in eval mode.
-
-        Args:
-            batches: pairs of images (B, …) and class numbers (B,); B may differ from batch to batch.
-
-        Raises:
-            ValueError: no batches, or targets that are not one a logit row.
-            RuntimeError: the model cannot take the images.
-        """
-        self.model.eval()
-        counts = []
-        samples = 0
-        for images, targets in batches:
-            counts.append((self._classify(images, targets).argmax(1) == targets).sum())
-            samples += len(targets)
-        if samples == 0:
-            raise ValueError("there are no batches to evaluate")
-        return int(torch.stack(counts).sum()) / samples
+            weight.transpose(0, -1).mul_((1 - learning_rate * self.unit_lasso / norm).clamp_(min=0))
 
 
-# ── masks to train through ──
+def _hits(logits: Tensor, targets: Tensor) -> Tensor:
+    if targets.shape != logits.shape[:1]:  # (B, 1) would be compared with every row, and count more than there is
+        raise ValueError(f"expected {len(logits)} targets, one an image, got shape {tuple(targets.shape)}")
+    return logits.detach().argmax(1) == targets  # (B,)
+
+
+def _accuracy(hits: list[Tensor]) -> float:
+    if not (samples := sum(map(len, hits))):
+        raise ValueError("there are no batches")
+    return int(torch.cat(hits).sum()) / samples
 
 
 def random_masks(model: nn.Module, steps: int, seed: int) -> Iterator[Masks | None]:
-    """Masks of every step for a network that is to stand every k: half of the steps go through a pruned one.
+    """Masks of every step, half of them None, for a network that is to stand every k.
 
-    Half of these are pruned by weights, to 99.5 % at most, half by units, to 97.5 %. What is left is drawn on a
-    logarithmic scale, whose depth grows from nothing to all of it in the first half of the steps.
+    What is left, 0.5 % of weights or 2.5 % of units at least, is drawn on a log scale; its depth grows until half-time.
     """
     draw = random.Random(seed)
     for step in range(steps):
@@ -222,28 +146,16 @@ def random_masks(model: nn.Module, steps: int, seed: int) -> Iterator[Masks | No
 
 
 def gradual_masks(model: nn.Module, method: str, sparsity: float, steps: int, **choice: Any) -> Iterator[Masks]:
-    """Masks of every step, found anew from the weights that the steps have moved; the sparsity rises as a cubic.
+    """Masks of every step, of the weights as they are then; the sparsity rises as a cubic for 70 % of the steps.
 
-    Args:
-        model, method, sparsity, choice: as `prune.find_masks` takes them; the sparsity is that of the end.
-        steps: in all; after 70 % of them the sparsity is the final one.
-
-    Source: Zhu and Gupta, "To prune, or not to prune" (2017); pruned weights may come back, as in Guo et al. (2016).
+    Source: Zhu and Gupta, "To prune, or not to prune" (2017). The other arguments are those of `prune.find_masks`.
     """
     for step in range(steps):
-        rest = max(0.0, 1 - step / (0.7 * steps))
-        yield find_masks(model, method, sparsity * (1 - rest**3), **choice)
-
-
-# ── what saves a second at the start ──
+        yield find_masks(model, method, sparsity * (1 - max(0.0, 1 - step / (0.7 * steps)) ** 3), **choice)
 
 
 class Adam(torch.optim.Adam):
-    """torch's Adam, bit for bit, without what guards it against torch.compile.
-
-    Those guards import the compiler at the first optimizer, which takes over a second of the three from the start of a
-    run to its first batch.
-    """
+    """torch's Adam, bit for bit, but without importing torch's compiler: a second of three before the first batch."""
 
     add_param_group = inspect.unwrap(torch.optim.Adam.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.Adam.zero_grad)

@@ -17,10 +17,8 @@ if TYPE_CHECKING:  # matplotlib is imported where a plot is drawn: one that is b
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FLAT_POINTS = 0.5  # a curve is flat where it is no more than so many points below dense
-NEAR_POINTS = 2.5  # below dense: how far down the upper panel of a plot shows
-CHANCE = 10.0  # accuracy of a guess among ten classes, in %
-GUESSING = 15.0  # a network below has learned nothing: the largest class alone makes up to 12 % of the images
+FLAT_POINTS, NEAR_POINTS = 0.5, 2.5  # below dense: a curve is flat to there; the upper panel of a plot shows to there
+CHANCE, GUESSING = 10.0, 15.0  # accuracy in %: of a guess among ten classes; of a network that has learned something
 MANY_SEEDS = 8  # more are drawn as a band
 TEXT = 9.5  # points
 # Okabe and Ito's colors, told apart by every kind of color vision.
@@ -28,9 +26,7 @@ COLORS = {"weight": "#0072B2", "unit": "#D55E00", "random_weight": "#56B4E9", "r
 MARKERS = {"weight": "o", "unit": "s", "random_weight": "^", "random_unit": "v"}
 NAMES = {method: method.replace("_", " ") + "s" for method in COLORS}
 FINETUNED = ", fine-tuned"  # ends the name of a curve
-# Networks of others that have a place beside ours: Han et al. 2015; Guo et al. 2016, dynamic network surgery;
-# Molchanov et al. 2017, sparse variational dropout. Name, weights left of 266,200, accuracy in %.
-Published = tuple[str, int, float]
+Published = tuple[str, int, float]  # others' network beside ours: its name, weights left of 266,200, accuracy in %
 LENET_300_100 = (("Han 2015", 22_000, 98.4), ("Guo 2016", 4_800, 98.0), ("Molchanov 2017", 3_900, 98.1))
 digits = partial(np.format_float_positional, trim="-")  # all that a k has: 99.99999 and 99.999991 differ
 
@@ -69,24 +65,20 @@ class Curve(NamedTuple):
 
 
 def curves(rows: Sequence[Row]) -> dict[str, Curve]:
-    """Name → curve of every method, then those after fine-tuning; ValueError unless each seed has one row for each k.
-
-    >>> list(curves([Row(0, "weight", "layer", 50, 50, 1000, 97.0, 98.0)]))
-    ['weights', 'weights, fine-tuned']
-    """
+    """Name → curve of every method, then those after fine-tuning; ValueError unless every seed has one row a k."""
     found = {}
     for column, suffix in (("accuracy_percent", ""), ("finetuned_percent", FINETUNED)):
         for method in dict.fromkeys(row.method for row in rows):
+            own = {(row.k_percent, row.seed): row for row in rows if row.method == method}
+            ks, seeds = sorted({k for k, _ in own}), dict.fromkeys(seed for _, seed in own)
             if method not in NAMES:
                 raise ValueError(f"unknown method {method!r}: expected {', '.join(NAMES)}")
-            own = [row for row in rows if row.method == method]
-            points = {(row.k_percent, row.seed): (getattr(row, column), row.weights_kept) for row in own}
-            ks, seeds = sorted({k for k, _ in points}), dict.fromkeys(seed for _, seed in points)
-            if not len(own) == len(points) == len(ks) * len(seeds):
+            if not len(ks) * len(seeds) == len(own) == [row.method for row in rows].count(method):
                 raise ValueError(f"{NAMES[method]}: expected one row for each k of each seed")
-            grid = np.array([[points[k, seed] for seed in seeds] for k in ks], float)  # (points, seeds, 2); None is nan
-            if not np.isnan(values := grid[..., 0]).any():
-                found[NAMES[method] + suffix] = Curve(method, np.array(ks), values.mean(axis=1), values, grid[..., 1])
+            points = [[(getattr(own[k, seed], column), own[k, seed].weights_kept) for seed in seeds] for k in ks]
+            values, weights = np.moveaxis(np.array(points, float), 2, 0)  # (points, seeds); None is nan
+            if not np.isnan(values).any():
+                found[NAMES[method] + suffix] = Curve(method, np.array(ks), values.mean(axis=1), values, weights)
     return found
 
 
@@ -99,29 +91,21 @@ def dense_accuracy(rows: Sequence[Row]) -> float:
 
 
 def flat_until(curve: Curve, dense: float) -> float | None:
-    """Largest k in % up to which the mean accuracy is never more than 0.5 points below `dense`, in %.
-
-    None where nothing is pruned up to there, or the dense network only guesses.
+    """Largest k in % up to which the mean is never over 0.5 points below `dense`; None: nothing is pruned, or a guess.
 
     >>> rows = [Row(0, "unit", "layer", k, k, 100 - k, a) for k, a in [(0, 98.0), (50, 97.6), (99, 20.0)]]
     >>> flat_until(curves(rows)["units"], dense=98.0)
     50.0
     """
-    lower = [*(curve.mean < dense - FLAT_POINTS - 1e-9), True]  # the slack is for binary fractions, far below one image
-    last = lower.index(True) - 1
+    last = [*(curve.mean < dense - FLAT_POINTS - 1e-9), True].index(True) - 1  # with some slack for binary fractions
     pruned = last > 0 and (curve.weights[last] < curve.weights[0]).any()
     return float(curve.k[last]) if pruned and dense >= GUESSING else None
 
 
 def bend(curve: Curve, dense: float) -> float | None:
-    """The k in % at which the curve bends: where it lies highest above the straight line between its two ends.
+    """The k in % at which the curve lies highest above the line between its ends; None for a curve flat to its end.
 
-    None where it nowhere lies above that line, is flat to its end, or a dense network only guesses.
     Source: the "knee" of Satopaa et al. 2011, Finding a "Kneedle" in a Haystack, without smoothing.
-
-    >>> rows = [Row(0, "unit", "layer", k, k, 100 - k, a) for k, a in [(0, 98.0), (90, 95.0), (99, 20.0)]]
-    >>> bend(curves(rows)["units"], dense=98.0)
-    90.0
     """
     above = curve.mean - np.interp(curve.k, curve.k[[0, -1]], curve.mean[[0, -1]])
     bent = above.max() > 0 and dense >= GUESSING and flat_until(curve, dense) != curve.k[-1]
@@ -130,9 +114,8 @@ def bend(curve: Curve, dense: float) -> float | None:
 
 def format_facts(rows: Sequence[Row]) -> str:
     """A line a curve: up to which k it is flat, and where it bends; in brackets the range over several seeds."""
-    seeds = dict.fromkeys(row.seed for row in rows)
-    groups = [rows, *([row for row in rows if row.seed == seed] for seed in seeds)]
-    (found, dense), *alone = [(curves(group), dense_accuracy(group)) for group in groups]
+    seeds = {seed: [row for row in rows if row.seed == seed] for seed in dict.fromkeys(row.seed for row in rows)}
+    (found, dense), *alone = [(curves(group), dense_accuracy(group)) for group in (rows, *seeds.values())]
     means = f"flat: no more than {FLAT_POINTS} points below" if dense >= GUESSING else "no better than a guess"
     lines = [f"dense: {dense:.2f} %; {means}"]
     for name, curve in found.items():
@@ -154,18 +137,14 @@ def format_table(rows: Sequence[Row]) -> str:
         columns = [["k %", *map(digits, found[pair[0]].k)]]
         for name in pair:
             for header, curve in ((f"{name}: accuracy %", found[name]), ("fine-tuned %", found.get(name + FINETUNED))):
-                columns += [[header, *_mean_and_std(curve)]] if curve else []
+                if curve:
+                    spread = [f" ± {seeds.std(ddof=1):.2f}" if len(seeds) > 1 else "" for seeds in curve.values]
+                    columns.append([header, *map("{:.2f}{}".format, curve.mean, spread)])
             columns.append(["weights kept", *(f"{kept.mean():,.0f}" for kept in found[name].weights)])
-        padded = [[cell.rjust(max(map(len, column))) for cell in column] for column in columns]
-        header, *lines = map("  ".join, zip(*padded, strict=True))
+        widths = [max(map(len, column)) for column in columns]
+        header, *lines = ("  ".join(map(str.rjust, line, widths)) for line in zip(*columns, strict=True))
         blocks.append("\n".join([header, "-" * len(header), *lines]))
     return "\n\n".join(blocks)
-
-
-def _mean_and_std(curve: Curve) -> list[str]:
-    several = curve.values.shape[1] > 1
-    points = zip(curve.mean, curve.values.std(axis=1, ddof=several), strict=True)
-    return [f"{mean:.2f}" + f" ± {std:.2f}" * several for mean, std in points]
 
 
 def write_csv(path: Path, rows: Sequence[Any]) -> None:
@@ -173,11 +152,9 @@ def write_csv(path: Path, rows: Sequence[Any]) -> None:
     if not rows:
         raise ValueError("there are no rows to write")
     text = io.StringIO()
-    writer = csv.DictWriter(text, [column.name for column in fields(rows[0])], lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        cells = {name: f"{cell:.6g}" if isinstance(cell, float) else cell for name, cell in asdict(row).items()}
-        writer.writerow(cells | {"k_percent": digits(row.k_percent)})
+    lines = [asdict(row) | {"k_percent": digits(row.k_percent)} for row in rows]
+    table = [[f"{cell:.6g}" if isinstance(cell, float) else cell for cell in line.values()] for line in lines]
+    csv.writer(text, lineterminator="\n").writerows([[*lines[0]], *table])
     write_file(path, text.getvalue().encode())
 
 
@@ -201,14 +178,8 @@ def save_figure(path: Path, figure: "Figure") -> None:
     write_file(path, data.getvalue())
 
 
-# ── plots ──
-
-
 def plot_accuracy_sparsity(rows: Sequence[Row], title: str) -> "Figure":
-    """Accuracy against k: above, the points close to dense, with the end of each flat region marked; below, the whole.
-
-    The mean of several seeds is drawn bold, every seed thin; more than eight as a band from lowest to highest.
-    """
+    """Accuracy against k, close to dense and whole, with the ends of flat regions: means; seeds thin or as a band."""
     figure, (near, whole) = _plot_accuracy(rows, title, lambda curve: curve.k[:, None])
     figure.draw_without_rendering()  # lays it out: then the axis knows how many labels it has room for
     stretch_k_axis(whole, [row.k_percent for row in rows])  # the panels share it
@@ -216,14 +187,12 @@ def plot_accuracy_sparsity(rows: Sequence[Row], title: str) -> "Figure":
     whole.set_xlabel(f"pruned: k % of {pruned} (axis stretched toward 100 %)")
     flat = {name: flat_until(curve, dense_accuracy(rows)) for name, curve in curves(rows).items()}
     marks = sorted((k, method) for method in ("weight", "unit") if (k := flat.get(NAMES[method])))
-    for (k, method), (side, gap) in zip(
-        marks, (("right", -3), ("left", 3)), strict=False
-    ):  # words point away from each other
+    for (k, method), side, gap in zip(marks, ("right", "left"), (-3, 3), strict=False):  # their words point outward
         tuned, color = flat.get(NAMES[method] + FINETUNED), COLORS[method]
         words = f"{NAMES[method]} flat to {digits(k)} %" + (f"\nfine-tuned: to {digits(tuned)} %" if tuned else "")
         near.axvline(k, color=color, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
-        look: dict[str, Any] = {"color": color, "size": TEXT, "ha": side}
-        near.annotate(words, (k, 1), (gap, 4), near.get_xaxis_transform(), "offset points", **look)
+        place = (k, 1), (gap, 4), near.get_xaxis_transform(), "offset points"
+        near.annotate(words, *place, color=color, size=TEXT, ha=side)
     return figure
 
 
@@ -240,43 +209,38 @@ def plot_accuracy_weights(rows: Sequence[Row], title: str, published: Sequence[P
     return figure
 
 
-def _plot_accuracy(
-    rows: Sequence[Row], title: str, x: Callable[[Curve], np.ndarray], published: Sequence[Published] = ()
-) -> tuple["Figure", list["Axes"]]:
+def _plot_accuracy(rows: Sequence[Row], title: str, x: Callable[[Curve], np.ndarray], published: Any = ()) -> Any:
     """Every curve of the rows twice, close to dense and whole, at its x, (points, seeds or 1)."""
     dense, found, seeds = dense_accuracy(rows), curves(rows), len({row.seed for row in rows})
     many = "thin: each" if seeds <= MANY_SEEDS else "pale: lowest to highest"
     notes = [f"bold: mean, {many} of {seeds} seeds"] if seeds > 1 else []
-    if published:
-        notes.append("gray: others' LeNet-300-100, which starts from 266,200 weights, ours from 2,386,000")
+    notes += ["gray: others' LeNet-300-100, which starts from 266,200 weights, ours from 2,386,000"] * bool(published)
     figure, panels = new_figure(2, 1, title, "; ".join(notes), sharex=True, height_ratios=(2, 3))
-    highest = max(*(curve.values.max() for curve in found.values()), *(accuracy for *_, accuracy in published), dense)
-    levels = {f"dense {dense:.2f} %": dense, f"{FLAT_POINTS} points below": dense - FLAT_POINTS}
-    near = ("close to dense", (dense - NEAR_POINTS, highest + 0.25), levels)
-    whole = ("whole range", (0, 104), {"_dense": dense, f"chance {CHANCE:.0f} %": CHANCE})
-    for panel, (words, limits, levels) in zip(panels, (near, whole), strict=True):
+    highest = max(dense, *(curve.values.max() for curve in found.values()), *(accuracy for *_, accuracy in published))
+    panels[0].set(ylabel="close to dense: accuracy, %", ylim=(dense - NEAR_POINTS, highest + 0.25))
+    panels[1].set(ylabel="whole range: accuracy, %", ylim=(0, 104))
+    near = {f"dense {dense:.2f} %": dense, f"{FLAT_POINTS} points below": dense - FLAT_POINTS}
+    for panel, levels in zip(panels, (near, {"_dense": dense, f"chance {CHANCE:.0f} %": CHANCE}), strict=True):
         for name, curve in found.items():
             _draw(panel, name, curve, x(curve))
         for (name, weights, accuracy), marker in zip(published, "DPX*dph", strict=False):
-            panel.plot(weights, accuracy, marker, label=name if panel is panels[0] else None, color="0.4", markersize=6)
+            panel.plot(weights, accuracy, marker, label=name if levels is near else None, color="0.4", markersize=6)
         panel.axhspan(dense - FLAT_POINTS, dense, color="0.93", linewidth=0, zorder=0)
         for name, level in levels.items():
             panel.axhline(level, label=name, color="0.4", linewidth=0.6, zorder=0)
-        panel.set(ylabel=f"{words}: accuracy, %", ylim=limits)
         label_ends(panel)
     return figure, panels
 
 
 def _draw(axes: "Axes", name: str, curve: Curve, x: np.ndarray) -> None:
-    """One curve: its mean, and every seed or their range."""
     color, random, tuned = COLORS[curve.method], curve.method.startswith("random"), name.endswith(FINETUNED)
     style: dict[str, Any] = {"color": color, "linestyle": (("-", "--"), (":", "-."))[random][tuned]}
     dots: dict[str, Any] = {"marker": MARKERS[curve.method], "markerfacecolor": "white" if tuned else color}
     size: dict[str, Any] = {"linewidth": 1.2, "markersize": 3.5} if random else {"linewidth": 2, "markersize": 5}
     axes.plot(x.mean(axis=1), curve.mean, label=name, **style, **dots, **size)
     if curve.values.shape[1] > MANY_SEEDS:
-        lowest, highest = curve.values.min(axis=1), curve.values.max(axis=1)
-        axes.fill_between(x.mean(axis=1), lowest, highest, color=color, alpha=0.15, linewidth=0)
+        ends = curve.values.min(axis=1), curve.values.max(axis=1)
+        axes.fill_between(x.mean(axis=1), *ends, color=color, alpha=0.15, linewidth=0)
     elif curve.values.shape[1] > 1:
         axes.plot(x, curve.values, linewidth=0.7, alpha=0.5, **style)
 
@@ -299,8 +263,8 @@ def new_figure(rows: int, columns: int, title: str, note: str = "", **shared: An
 def stretch_k_axis(axes: "Axes", ks: Sequence[float]) -> None:
     """Scale a k axis, in %, by the logarithm of what is left; ticks too close for their labels are moved apart."""
     k = np.unique(ks)
-    labels = [digits(value) for value in k]
-    width = (6 * max(map(len, labels)) + 4) / (axes.bbox.width / axes.figure.dpi * 72)  # of a label, part of the axis
+    points = axes.bbox.width / axes.figure.dpi * 72
+    width = (6 * max(len(digits(value)) for value in k) + 4) / points  # of a label, part of the axis
     least = min(width, 1 / max(len(k) - 1, 1))  # between two points
     left = np.log(np.maximum(100 - k, 0.4 * min((100 - k)[k < 100], default=1)))  # that is where k = 100 is drawn
     gaps = -np.diff(left) / (left[0] - left[-1])  # (points - 1,), their sum is 1
@@ -309,8 +273,8 @@ def stretch_k_axis(axes: "Axes", ks: Sequence[float]) -> None:
     knots, at = [k[0] - 1, *k, k[-1] + 1], [-0.04, *np.cumsum([0, *gaps]), 1.04]
     axes.set_xscale("function", functions=(lambda x: np.interp(x, knots, at), lambda x: np.interp(x, at, knots)))
     axes.set_xlim(knots[0], knots[-1])
-    every = int(np.ceil(width / least))  # counted from the right: the largest k has a label
-    axes.set_xticks(k, [label if (len(k) - 1 - i) % every == 0 else "" for i, label in enumerate(labels)])
+    shown = k[:: -int(np.ceil(width / least))]  # counted from the right: the largest k has a label
+    axes.set_xticks(k, [digits(value) if value in shown else "" for value in k])
     axes.minorticks_off()
 
 
@@ -329,11 +293,9 @@ def log_axis(axes: "Axes", which: Literal["x", "y"]) -> None:
 
 def label_ends(axes: "Axes") -> None:
     """Label the lines of a finished panel in the margin to its right, at the height of their ends, without overlap."""
-    to_axes = axes.transScale + axes.transLimits
-    lines: Any = axes.get_lines()
-    ends = [(to_axes.transform((1, line.get_ydata()[-1]))[1], line) for line in lines]
-    ends = [(height, line) for height, line in ends if 0 <= height <= 1 and not line.get_label().startswith("_")]
-    ends.sort(key=lambda end: end[0])
+    to_axes, lines = axes.transScale + axes.transLimits, list[Any](axes.get_lines())
+    ends = [(to_axes.transform((1, line.get_ydata()[-1]))[1], line) for line in lines if line.get_label()[0] != "_"]
+    ends = sorted((end for end in ends if 0 <= end[0] <= 1), key=lambda end: end[0])
     heights = np.array([height for height, _ in ends])
     least = 13 / (axes.bbox.height / axes.figure.dpi * 72)  # between two lines of text
     for _ in range(300):
@@ -341,6 +303,5 @@ def label_ends(axes: "Axes") -> None:
         heights = np.clip(heights - [*push, 0] + [0, *push], least / 2, 1 - least / 2)
     for height, (_, line) in zip(heights, ends, strict=True):
         leader = {"arrowstyle": "-", "linestyle": ":", "color": line.get_color(), "relpos": (0, 0.5), "shrinkB": 4}
-        look: dict[str, Any] = {"color": line.get_color(), "size": TEXT, "va": "center", "arrowprops": leader}
         place = (line.get_xydata()[-1], (1.025, height), line.get_transform(), "axes fraction")
-        axes.annotate(line.get_label(), *place, **look)
+        axes.annotate(line.get_label(), *place, color=line.get_color(), size=TEXT, va="center", arrowprops=leader)

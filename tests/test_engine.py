@@ -1,4 +1,5 @@
 import copy
+import doctest
 import itertools
 import subprocess
 import sys
@@ -172,32 +173,28 @@ def test_the_dense_weights_come_back_when_a_pass_fails():
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
-def test_unit_lasso_is_the_proximal_step_on_every_hidden_unit():
+@pytest.mark.parametrize("learning_rate", [0.1, 0.0])  # the second as at the start of a warm-up
+def test_unit_lasso_is_the_proximal_step_on_every_hidden_unit(learning_rate):
     model = NeuralNetwork((8, 5, 3)).double()
     with torch.no_grad():
         model.fc1.weight[0] *= 1e-6  # shorter than the step: must end at zero, not beyond
         model.fc1.weight[1] = 0  # already there: must not become NaN
     before = copy.deepcopy(model.state_dict())
-    # Targets of an empty gradient: the loss's own step is nothing, so what is left is the pull.
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    engine = Engine(model, optimizer, unit_lasso=0.5)
-    optimizer.zero_grad()
-    engine._step(optimizer)
+    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
+    black = [(torch.zeros(4, 8).double(), torch.zeros(4).long())]  # its gradient is zero: what is left is the pull
+    Engine(model, optimizer, unit_lasso=0.5).train_epoch(black)
     for row, old in zip(model.fc1.weight, before["fc1.weight"], strict=True):
-        norm = max(float(old.norm()) - 0.1 * 0.5, 0)
+        norm = max(float(old.norm()) - learning_rate * 0.5, 0)
         torch.testing.assert_close(row, old * (norm / float(old.norm()) if norm else 0))
     assert torch.equal(model.fc2.weight, before["fc2.weight"])
-    pulled = copy.deepcopy(model.state_dict())
-    engine._pull(0.0)  # as at the start of a warm-up
-    assert all(torch.equal(weight, pulled[name]) for name, weight in model.state_dict().items())
 
 
 def test_unit_lasso_pulls_whole_filters_and_leaves_frozen_layers():
-    frozen = nn.Conv2d(1, 3, 3).requires_grad_(False)
-    model = nn.Sequential(frozen, nn.Conv2d(3, 3, 3), nn.Flatten(), nn.Linear(12, 2))
+    frozen = nn.Conv2d(1, 3, 3, bias=False).requires_grad_(False)
+    model = nn.Sequential(frozen, nn.Conv2d(3, 3, 3, bias=False), nn.Flatten(), nn.Linear(12, 2))
     before = copy.deepcopy(model.state_dict())
-    engine = Engine(model, torch.optim.SGD(model.parameters(), lr=0.1), unit_lasso=0.5)
-    engine._pull(0.1)
+    black = [(torch.zeros(4, 1, 6, 6), torch.zeros(4).long())]
+    Engine(model, torch.optim.SGD(model.parameters(), lr=0.1), unit_lasso=0.5).train_epoch(black)
     for unit, old in zip(model[1].weight, before["1.weight"], strict=True):
         torch.testing.assert_close(unit, old * (1 - 0.05 / float(old.norm())))
     assert all(torch.equal(model.state_dict()[name], before[name]) for name in ("0.weight", "3.weight"))
@@ -220,13 +217,26 @@ def test_divergence_is_told():
         engine.train_epoch(some_batches(8, 8, 8))
 
 
-def test_what_is_missing_is_named():
+def test_what_is_missing_or_does_not_fit_is_named():
     model = NeuralNetwork((8, 5, 3))
+    trained = Engine(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    for run in (trained.evaluate, trained.train_epoch):
+        with pytest.raises(ValueError, match="no batches"):
+            run([])
+        with pytest.raises(ValueError, match=r"expected 4 targets, one an image, got shape \(4, 1\)"):
+            run([(torch.rand(4, 8), torch.zeros(4, 1).long())])
+    with pytest.raises(TypeError, match="model must be a"):
+        Engine(3)
+    with pytest.raises(ValueError, match="label_smoothing must be in"):
+        Engine(model, label_smoothing=1.1)
+    with pytest.raises(ValueError, match=r"got 0\.0 and -1"):
+        Engine(model, unit_lasso=-1)
     with pytest.raises(TypeError, match=r"precision must be a torch.dtype.*'bf16'"):
         Engine(model, precision="bf16")
     with pytest.raises(ValueError, match="needs an optimizer"):
         Engine(model).train_epoch(some_batches(8))
-    with pytest.raises(ValueError, match="no batches"):
-        Engine(model).evaluate([])
-    with pytest.raises(ValueError, match="no batches"):
-        Engine(model, torch.optim.SGD(model.parameters(), lr=1.0)).train_epoch([])
+
+
+def test_examples():
+    results = doctest.testmod(sys.modules[Engine.__module__])
+    assert results.attempted and not results.failed

@@ -78,7 +78,7 @@ def assert_legible(figure: Figure) -> None:
 
 def test_examples_in_the_docstrings_hold():
     results = doctest.testmod(utils)
-    assert results.attempted >= 5 and results.failed == 0
+    assert results.attempted >= 3 and results.failed == 0
 
 
 def test_curves_hold_every_seed_and_the_mean():
