@@ -215,8 +215,11 @@ def write_rows(rows: Sequence[Any], path: Path) -> None:
     try:
         utils.write_csv(path, rows)
     except OSError as error:
-        rescued = Path(tempfile.mkdtemp()) / path.name
-        utils.write_csv(rescued, rows)
+        try:
+            rescued = Path(tempfile.mkdtemp()) / path.name
+            utils.write_csv(rescued, rows)
+        except OSError:
+            raise error from None
         raise OSError(f"{error}; the rows are in {rescued}") from error
     say(f"wrote {path}")
 
