@@ -248,8 +248,8 @@ def title(dataset: Dataset, config: Config) -> str:
     for name in RECIPE:
         value = getattr(config, name)
         if value != getattr(defaults, name) and name not in without_effect(config):
-            words = " ".join(value) if isinstance(value, tuple) else "" if value is True else str(value)
-            flags.append(f"{name.replace('_', ' ')} {words}".strip())
+            value = " ".join(value) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else value
+            flags.append(f"{name.replace('_', ' ')} {value}".removesuffix(" True"))
     return "\n".join([*lines, ", ".join(flags)]).strip()
 
 
