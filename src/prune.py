@@ -42,10 +42,7 @@ def _unit_norm(weight: Tensor) -> Tensor:
 
 
 def _relative_norm(weight: Tensor) -> Tensor:
-    """L2 norm of each unit, relative to the largest of its layer: (units, …) → (units,).
-
-    Norms alone, or relative to their mean, differ by scale and fan-in: ranked globally, they soon empty a layer.
-    """
+    """L2 norm of each unit, relative to the layer's largest: by norms alone, or over their mean, layers soon empty."""
     norm = _unit_norm(weight)
     return norm / norm.max().clamp_min(torch.finfo(norm.dtype).tiny) if len(norm) else norm
 
@@ -96,11 +93,9 @@ def unit_mask(weight: Tensor, sparsity: float, dim: int = 0) -> Tensor:
     """Mask that prunes the units of lowest L2 norm.
 
     Args:
-        weight: one dimension or more, finite, fp16 to fp64.
-        sparsity: fraction in [0, 1]: exactly ``round(sparsity * units)`` go, of equal ones the earlier first.
+        weight, sparsity: as in `weight_mask`, with units in place of weights and one dimension or more.
         dim: the dimension that counts units: 0 in a Linear's (out, in), where a row is a unit.
-    Returns: a boolean tensor of weight's shape, True = keep, the same throughout a unit.
-    Raises: TypeError, ValueError: sparsity is no number in [0, 1], dim no dimension, or weight can't be ranked.
+    Returns, Raises: as `weight_mask`, and as an error a dim that is none.
     Source: Li et al., "Pruning Filters for Efficient ConvNets" (2017), here with the L2 norm.
 
     >>> unit_mask(torch.tensor([[3.0, 4.0], [0.3, 0.4]]), sparsity=0.5)
@@ -181,13 +176,12 @@ def find_masks(
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Set what masks prune to zero, in place: all of it, or after an error nothing.
 
-    After each step of training, it holds pruned weights at zero:
-    ``optimizer.register_step_post_hook(lambda *_: apply_masks(model, masks))``.
+    ``optimizer.register_step_post_hook(lambda *_: apply_masks(model, masks))`` holds it at zero through training.
 
     Args:
         model: any module, also wrapped by torch.compile or DataParallel.
         masks: boolean tensors by parameter name, True = keep, of the parameters' shapes, on any device.
-    Raises: TypeError, ValueError: masks aren't boolean tensors by name, or fit no parameter, or one that can't be pruned.
+    Raises: TypeError, ValueError: masks that aren't boolean tensors by name, or fit no parameter that can be pruned.
 
     >>> model = nn.Linear(2, 1, bias=False)
     >>> apply_masks(model, {"weight": torch.tensor([[True, False]])})
@@ -204,7 +198,7 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
             raise ValueError(f"the model has no parameter {name!r}{_near(name, parameters)}")
         parameter = _checked(name, parameters[name], in_place=True)
         if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
-            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            got = getattr(mask, "dtype", type(mask).__name__)
             raise TypeError(f"the mask of {name} must be a boolean tensor (True = keep), got {got}")
         if mask.shape != parameter.shape or mask.is_meta or mask.layout is not torch.strided:
             raise ValueError(f"the mask of {name} must be a dense {tuple(parameter.shape)}, got {tuple(mask.shape)}")
@@ -235,7 +229,8 @@ def achieved_sparsity(
     >>> achieved_sparsity(nn.Linear(4, 4), prune_output=True)
     0.0
     """
-    tensors = [weight.tensor for weight in _chosen(model, skip, prune_output, only)[0]]
+    chosen, _ = _chosen(model, skip, prune_output, only)
+    tensors = [_checked(weight.names[0], weight.parameter, in_place=True) for weight in chosen]
     total = sum(tensor.numel() for tensor in tensors)
     return (total - sum(int(tensor.count_nonzero()) for tensor in tensors)) / max(total, 1)
 
@@ -267,8 +262,7 @@ def sweep(
         sparsities: fractions in [0, 1], in any order.
         score: gets a pruned copy in eval mode; what it returns, such as an accuracy, is passed through.
         generator: as in `find_masks`. It stays as it is: all points use its next numbers, and so prune supersets.
-        retrain: gets the copy in training mode (modules that are frozen in a model in training mode stay so) and the
-            masks. It trains the copy in place, its masks held, or recalibrates it; the copy is then scored again.
+        retrain: gets the copy, in training mode but for frozen modules, and the masks; the copy is then scored again.
     Returns: a point for each sparsity, in their order.
     Raises: TypeError, ValueError: as `find_masks`, before anything is scored.
 
@@ -301,11 +295,9 @@ def sweep(
 def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     """Take the statistics of BatchNorm layers again, in place, for pruning has changed what they should be.
 
-    They become the average over all batches. Nothing else changes, and after an error not even they.
+    They become the average over all batches: inputs, or tuples that begin with them, such as (images, labels), moved to
+    the model's device. Nothing else changes, and after an error not even they.
 
-    Args:
-        model: any module, best in the mode in which it will be used.
-        batches: inputs, or tuples that begin with them, such as (images, labels); moved to the model's device.
     Raises: ValueError: there are no batches.
 
     >>> model = nn.BatchNorm1d(2)
@@ -314,7 +306,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     tensor([1., 1.])
     """
     trial, count = copy.deepcopy(model).eval(), 0
-    norms = [norm for norm in trial.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
+    norms: list[Any] = [norm for norm in trial.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
     for norm in (norm for norm in norms if norm.track_running_stats):
         norm.reset_running_stats()
         norm.momentum, norm.training = None, True  # None: the average
@@ -348,11 +340,6 @@ class _Weight:
         """From the weight's own layout to (out, in / groups, …), or back."""
         return tensor.unflatten(0, (self.groups, -1)).transpose(1, self.dim + 1).flatten(0, 1) if self.dim else tensor
 
-    @property
-    def tensor(self) -> Tensor:
-        """The parameter, detached, if it can be ranked and pruned in place."""
-        return _checked(self.names[0], self.parameter, in_place=True)
-
     def masks(self, keep: Tensor) -> dict[str, Tensor]:
         """Masks by parameter name, from one of the weight's shape or (units,)."""
         if keep.dim() > 1:
@@ -380,8 +367,8 @@ def _matrices(model: nn.Module) -> tuple[list[_Weight], list[str]]:
     layers, users, modules = [], defaultdict(set), dict(_modules(model))
     lists = (nn.ParameterList, nn.ParameterDict)  # they make no difference to what other modules use
     for name, module in sorted(modules.items(), key=lambda named: isinstance(named[1], lists)):
-        own, layer_dim = module._parameters, next((LAYERS[c] for c in type(module).__mro__ if c in LAYERS), None)
-        computed = {}
+        layer_dim = next((LAYERS[parent] for parent in type(module).__mro__ if parent in LAYERS), None)
+        own, computed = module._parameters, {}
         if layer_dim is not None:
             layers.append(name)
             computed = {key: getattr(module, key, None) for key in ("weight", "bias") if key not in own}
@@ -441,23 +428,22 @@ def _doubts(output: Sequence[str], free: Sequence[_Weight], matrices: Sequence[_
         yield f"{text}: {names}; prune them by name with only=(…), or spare the modules with skip=(…)"
     shapes = {w: w.turned(torch.empty(w.parameter.shape, device="meta")).shape for w in matrices}
     inputs = {w: {n * w.groups for n in shapes[w][w.dim is not None : 2 if w.convolves else None]} for w in matrices}
+    every = set().union(*inputs.values())
 
-    def taken(weight: _Weight, others: Sequence[_Weight]) -> bool:
-        """Whether its outputs fit others: exactly, side by side with a few more, or, of a convolution, flattened."""
+    def taken(weight: _Weight, sizes: Iterable[int]) -> bool:
+        """Whether its outputs fit: exactly, side by side with a few others, or, of a convolution, flattened."""
         n, most = shapes[weight][0], math.inf if weight.convolves else 8
-        return n == 0 or any(
-            size % n == 0 and size <= most * n for size in set[int]().union(*(inputs[other] for other in others))
-        )
+        return n == 0 or any(size % n == 0 and size <= most * n for size in sizes)
 
     layers = [weight for weight in matrices if weight.dim is not None]
-    for spared in [weight for weight in layers if {*output} & {*weight.users}]:
+    ends = [weight for weight in layers if weight in free and not taken(weight, every)]
+    for spared in [weight for weight in layers if {*output} & {*weight.users}]:  # one, if any
         n, text = shapes[spared][0], f"{output[0]!r}, registered last, is spared as the output layer, but"
-        ends = [weight for weight in layers if weight in free and not taken(weight, matrices)]
         twins = [end.users[0] for end in ends if shapes[end][0] == n]
         heads = [end.users[0] for end in ends if shapes[end][0] < n or n in inputs[end]]
         if twins:
             yield f"{text} as many outputs of {_listed(twins)} go nowhere, either: if they're wanted, add them to skip"
-        elif heads and taken(spared, [weight for weight in layers if weight is not spared]):
+        elif heads and taken(spared, set().union(*(inputs[weight] for weight in layers if weight is not spared))):
             text = f"{text} other layers take its outputs, while those of {_listed(heads)} go nowhere"
             yield f"{text}: if they're wanted, add them to skip and pass prune_output=True"
 
@@ -489,11 +475,11 @@ def _listed(names: Sequence[str]) -> str:
 
 def _fraction(sparsity: Any) -> float:
     """The sparsity as a float, if it is a fraction."""
-    number = sparsity.item() if isinstance(sparsity, Tensor | np.ndarray) and sparsity.ndim == 0 else sparsity
+    number: Any = sparsity.item() if isinstance(sparsity, Tensor | np.ndarray) and sparsity.ndim == 0 else sparsity
     if isinstance(number, bool) or not isinstance(number, numbers.Real):
         raise TypeError(f"sparsity must be a number in [0, 1], got {number!r}")
-    if not 0 <= number <= 1:
-        hint = f": did you mean {float(number) / 100:g}?" if 2 <= number <= 100 else ""
+    if not 0 <= float(number) <= 1:
+        hint = f": did you mean {float(number) / 100:g}?" if 2 <= float(number) <= 100 else ""
         raise ValueError(f"sparsity must be a fraction in [0, 1], got {number}{hint}")
     return float(number)
 
@@ -523,7 +509,8 @@ def _check_finite(name: str, weight: Tensor, witness: Tensor) -> None:
 
 def _scored(weight: _Weight, method: str, generator: torch.Generator) -> Tensor:
     """Scores of a weight, of its own shape or (units,). Magnitudes are left to be taken block by block."""
-    score, name, tensor = METHODS[method], weight.names[0], weight.tensor
+    score, name = METHODS[method], weight.names[0]
+    tensor = _checked(name, weight.parameter, in_place=True)
     if score is torch.abs:
         return tensor
     _check_finite(name, tensor, tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)))
@@ -553,63 +540,45 @@ def _select(ranked: Mapping[str, Tensor], sparsity: float, magnitude: bool = Fal
 
     Source: Floyd and Rivest, "Expected Time Bounds for Selection" (1975).
     """
+    dtype = torch.float64 if any(scores.dtype == torch.float64 for scores in ranked.values()) else torch.float32
     total = sum(scores.numel() for scores in ranked.values())
     count = round(sparsity * total)
     step = 6 * int(total ** (1 / 3) / 16) + 1  # 1 for few scores; out of step with rows of 2, 3, 4, 6, … scores
-    masks, blocks, sample = _in_blocks(ranked, step)
-    sample = np.abs(sample) if magnitude else sample
+    masks, blocks, samples, start = [], [], [np.empty(0, np.float32)], 0
+    for name, tensor in ranked.items():
+        masks.append(torch.empty(tensor.shape, dtype=torch.bool, device=tensor.device))
+        flat, size = tensor.reshape(-1), BLOCK if tensor.is_cpu else GPU_BLOCK
+        samples.append(flat[-start % step :: step].to(dtype).cpu().numpy())
+        keep: Any = masks[-1].view(-1).numpy() if tensor.is_cpu else masks[-1].view(-1)
+        for first in range(0, len(flat), size):
+            blocks.append((name, flat[first : first + size], keep[first : first + size], start + first))
+        start += len(flat)
+    sample: Any = abs(np.concatenate(samples)) if magnitude else np.concatenate(samples)
     ordered, rank = np.sort(sample), len(sample) * count / max(total, 1)
     margin = 2 * math.sqrt(rank * (1 - count / max(total, 1)) * (1 - 1 / step)) + (step > 1)  # 2 standard deviations
-    room = np.empty(BLOCK, sample.dtype), np.empty(BLOCK, bool)  # used again and again, as fresh memory is slow
     while True:
         low, high = (_bound(sample, ordered, math.ceil(rank + side) - 1, step) for side in (-margin, margin))
         kept, indices, values = 0, [], [sample[:0]]
         for name, part, keep, start in blocks:
-            scores = _comparable(part, sample.dtype, room[0], magnitude)
+            library: Any = np if part.is_cpu else torch  # on the CPU, NumPy compares several times faster than torch
+            scores: Any = part.to(dtype).numpy() if part.is_cpu else part.to(dtype)
+            scores = library.abs(scores) if magnitude else scores
             if magnitude and not math.isfinite(scores.max()):
                 raise ValueError(f"{name} must be finite, but has NaN or infinite weights")
-            inside = _compare(scores, start, low, room[1][: len(keep)] if part.is_cpu else torch.empty_like(keep))
-            inside ^= _compare(scores, start, high, keep)
-            kept += int(np.count_nonzero(keep) if part.is_cpu else keep.count_nonzero())
-            indices.append(np.flatnonzero(inside) if part.is_cpu else inside.nonzero()[:, 0])
+            inside = _compare(scores, start, low) ^ _compare(scores, start, high, out=keep)
+            kept += int(library.count_nonzero(keep))
+            indices.append(library.where(inside)[0])
             values.append(scores[indices[-1]] if part.is_cpu else scores[indices[-1]].cpu().numpy())
         between = np.concatenate(values)
         excess = count - (total - kept - len(between))  # how many of those between are to be pruned
         if 0 <= excess <= len(between):
             break
         margin = 4 * margin + 1  # the sample misled
-    after = _compare(between, 0, _bound(between, np.sort(between), excess - 1), np.empty(len(between), bool))
+    after = _compare(between, 0, _bound(between, np.sort(between), excess - 1))
     for (_, part, keep, _), index in zip(blocks, indices, strict=True):
         now, after = after[: len(index)], after[len(index) :]
         keep[index] = now if part.is_cpu else torch.from_numpy(now).to(part.device)
     return masks
-
-
-def _in_blocks(
-    ranked: Mapping[str, Tensor], step: int
-) -> tuple[list[Tensor], list[tuple[str, Tensor, Any, int]], np.ndarray]:
-    """Masks to fill; parts of the scores, with their names, masks and positions; every step-th score."""
-    dtype = torch.float64 if any(scores.dtype == torch.float64 for scores in ranked.values()) else torch.float32
-    masks, blocks, sample, start = [], [], [np.empty(0, str(dtype).removeprefix("torch."))], 0
-    for name, scores in ranked.items():
-        flat, size = scores.reshape(-1), BLOCK if scores.is_cpu else GPU_BLOCK
-        sample.append(flat[-start % step :: step].to(dtype).cpu().numpy())
-        shape = scores.shape  # NumPy's large arrays cost fewer page faults
-        mask = torch.from_numpy(np.empty(shape, bool)) if scores.is_cpu else torch.empty_like(scores, dtype=torch.bool)
-        masks.append(mask)
-        for part, keep in zip(flat.split(size), mask.view(-1).split(size), strict=True):
-            if len(part):
-                blocks.append((name, part, keep.numpy() if keep.is_cpu else keep, start))
-            start += len(part)
-    return masks, blocks, np.concatenate(sample)
-
-
-def _comparable(part: Tensor, dtype: Any, room: np.ndarray, magnitude: bool) -> Any:
-    """Scores of a block: on the CPU an array, for NumPy compares several times faster there than torch."""
-    scores = part.to(torch.float64 if dtype == np.float64 else torch.float32)
-    if not part.is_cpu:
-        return scores.abs() if magnitude else scores
-    return np.abs(scores.numpy(), out=room[: len(part)]) if magnitude else scores.numpy()
 
 
 def _bound(scores: np.ndarray, ordered: np.ndarray, rank: int, step: int = 1) -> tuple[float, float]:
@@ -622,10 +591,10 @@ def _bound(scores: np.ndarray, ordered: np.ndarray, rank: int, step: int = 1) ->
     return float(ordered[rank]), step * int(equal[rank - np.searchsorted(ordered, ordered[rank])])
 
 
-def _compare(scores: Any, start: int, bound: tuple[float, float], out: Any) -> Any:
+def _compare(scores: Any, start: int, bound: tuple[float, float], out: Any = None) -> Any:
     """Whether each score, the first at position `start`, ranks after a bound."""
-    library: Any = np if isinstance(scores, np.ndarray) else torch
-    value, cut = bound[0], int(min(max(bound[1] + 1 - start, 0), len(scores)))
-    library.greater(scores[:cut], value, out=out[:cut])
-    library.greater_equal(scores[cut:], value, out=out[cut:])
-    return out
+    library, (value, position) = (np if isinstance(scores, np.ndarray) else torch), bound
+    after: Any = (library.greater if position >= start else library.greater_equal)(scores, value, out=out)
+    if start <= position < start + len(scores) - 1:
+        after[int(position) + 1 - start :] = scores[int(position) + 1 - start :] >= value
+    return after
