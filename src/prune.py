@@ -3,15 +3,12 @@
 A mask is a boolean tensor of a weight's own shape, True = keep. Masks come in a plain dict by parameter name, such as
 {"fc1.weight": ...}, fit for torch.save. Finding masks changes nothing; applying them makes zeros, and pruned models
 stay plain modules without hooks. ``torch.nn.utils.prune.custom_from_mask`` takes these masks; this gives torch's own:
-
-    {name.removesuffix("_mask"): mask.bool() for name, mask in model.named_buffers() if name.endswith("_mask")}
-
+``{name.removesuffix("_mask"): mask.bool() for name, mask in model.named_buffers() if name.endswith("_mask")}``.
 This file needs nothing but torch and numpy: copy it beside any notebook.
 """
 
 import copy
 import difflib
-import itertools
 import math
 import numbers
 import warnings
@@ -34,8 +31,8 @@ def _unit_norm(weight: Tensor) -> Tensor:
     """L2 norm of each unit: (units, …) → (units,), in fp64."""
     rows = weight.reshape(len(weight), -1) if weight.numel() else weight.new_zeros(len(weight), 1)
     blocks = rows.split(max(2**20 // rows.shape[1], 1)) if rows.dtype.itemsize == 2 else [rows]  # or all are converted
-    precise = torch.promote_types(rows.dtype, torch.float32)
-    norm = torch.cat([torch.linalg.vector_norm(block, dim=1, dtype=precise) for block in blocks]).double()
+    how: Any = {"dim": 1, "dtype": torch.promote_types(rows.dtype, torch.float32)}
+    norm = torch.cat([torch.linalg.vector_norm(block, **how) for block in blocks]).double()
     unsafe = ~((norm > 1e-12) & (norm < 1e18))  # squares may have vanished or overflowed
     if unsafe.any():
         largest = torch.maximum(rows.amax(1), -rows.amin(1)).double()
@@ -45,29 +42,18 @@ def _unit_norm(weight: Tensor) -> Tensor:
 
 
 def _relative_norm(weight: Tensor) -> Tensor:
-    """L2 norm of each unit, relative to the largest of its layer: (units, …) → (units,).
-
-    It ranks as the norm does within a layer. Across layers, whose norms differ by scale and fan-in, it ranks the best
-    unit of each last: norms alone, or relative to their mean, soon empty a layer and cut the network in two.
-    """
+    """L2 norm of each unit, relative to the layer's largest: by norms alone, or over their mean, layers soon empty."""
     norm = _unit_norm(weight)
     return norm / norm.max().clamp_min(torch.finfo(norm.dtype).tiny) if len(norm) else norm
 
 
 def _random_weight(weight: Tensor, generator: torch.Generator) -> Tensor:
-    """Scores in (0, 1] of weight's shape, but 0 for weights that are zero already."""
+    """Scores in (0, 1] of weight's shape, but 0 where it is zero already."""
     scores = 1 - torch.rand(weight.shape, generator=generator, dtype=torch.float32, device=generator.device)
     return scores.to(weight.device).masked_fill_(weight == 0, 0)
 
 
-def _random_unit(weight: Tensor, generator: torch.Generator) -> Tensor:
-    """Scores in (0, 1] of shape (units,), but 0 for units that are zero already."""
-    return _random_weight(weight.flatten(1).any(1), generator)
-
-
-# The one place to add a criterion, such as
-#     def taylor(weight): return (weight * weight.grad).abs()
-#     METHODS["taylor"] = taylor
+# The one place to add a criterion, such as METHODS["taylor"] = lambda weight: (weight * weight.grad).abs()
 # It gets a detached weight with its .grad, outputs in dim 0 whatever the layer, and returns scores, the lowest of which
 # are pruned first: of weight's shape for a weight method, (units,) for a unit method. A method whose name begins with
 # "random" also gets a torch.Generator. Magnitudes (torch.abs) are taken block by block; others are held in memory.
@@ -75,11 +61,11 @@ METHODS: dict[str, Callable[..., Tensor]] = {
     "weight": torch.abs,
     "unit": _relative_norm,
     "random_weight": _random_weight,
-    "random_unit": _random_unit,
+    "random_unit": lambda weight, generator: _random_weight(weight.flatten(1).any(1), generator),
 }
 
 # The one place to add a class of layers, with the dimension of its `weight` that counts outputs, such as
-#     LAYERS[transformers.pytorch_utils.Conv1D] = 1
+# LAYERS[transformers.pytorch_utils.Conv1D] = 1
 # Subclasses follow their parents. Where it isn't 0, a layer's `groups` divide dim 0: (in, out / groups, …).
 LAYERS: dict[type[nn.Module], int] = {
     **dict.fromkeys((nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d), 0),
@@ -93,15 +79,12 @@ def weight_mask(weight: Tensor, sparsity: float) -> Tensor:
     Args:
         weight: any shape, finite, fp16 to fp64.
         sparsity: fraction in [0, 1]: exactly ``round(sparsity * weight.numel())`` go, of equal ones the earlier first.
-
     Returns: a boolean tensor of weight's shape, True = keep.
     Raises: TypeError, ValueError: sparsity is no number in [0, 1], or weight can't be ranked.
     Source: Han et al., "Learning both Weights and Connections for Efficient Neural Networks" (2015).
 
-    Example:
-        >>> weight_mask(torch.tensor([[0.5, -0.1], [-2.0, 0.1]]), sparsity=0.5)
-        tensor([[ True, False],
-                [ True, False]])
+    >>> weight_mask(torch.tensor([0.5, -0.1, -2.0, 0.1]), sparsity=0.5)
+    tensor([ True, False,  True, False])
     """
     return _select({"weight": _checked("weight", weight)}, _fraction(sparsity), magnitude=True)[0]
 
@@ -110,18 +93,14 @@ def unit_mask(weight: Tensor, sparsity: float, dim: int = 0) -> Tensor:
     """Mask that prunes the units of lowest L2 norm.
 
     Args:
-        weight: one dimension or more, finite, fp16 to fp64.
-        sparsity: fraction in [0, 1]: exactly ``round(sparsity * units)`` go, of equal ones the earlier first.
+        weight, sparsity: as in `weight_mask`, with units in place of weights and one dimension or more.
         dim: the dimension that counts units: 0 in a Linear's (out, in), where a row is a unit.
-
-    Returns: a boolean tensor of weight's shape, True = keep, the same throughout a unit.
-    Raises: TypeError, ValueError: sparsity is no number in [0, 1], dim no dimension, or weight can't be ranked.
+    Returns, Raises: as `weight_mask`, and as an error a dim that is none.
     Source: Li et al., "Pruning Filters for Efficient ConvNets" (2017), here with the L2 norm.
 
-    Example:
-        >>> unit_mask(torch.tensor([[3.0, 4.0], [0.3, 0.4]]), sparsity=0.5)
-        tensor([[ True,  True],
-                [False, False]])
+    >>> unit_mask(torch.tensor([[3.0, 4.0], [0.3, 0.4]]), sparsity=0.5)
+    tensor([[ True,  True],
+            [False, False]])
     """
     weight = _checked("weight", weight)
     if not isinstance(dim, numbers.Integral) or isinstance(dim, bool):
@@ -153,16 +132,13 @@ def find_masks(
     Args:
         model: any module, also wrapped by torch.compile or DataParallel.
         method: a name in `METHODS`.
-        sparsity: fraction in [0, 1] of the weights or units, counting those that are zero already. Exactly
-            ``round(sparsity * n)`` go; a larger sparsity prunes a superset.
-        scope: "layer" ranks within each layer; "global" across all, which suits the weights of convolutional networks.
+        sparsity: fraction in [0, 1]: exactly ``round(sparsity * n)`` weights or units go; more prune a superset.
+        scope: "layer" ranks within each layer, "global" across all: best for the weights of convolutional networks.
             Units then rank by norms relative to the largest of their layer, so that none loses all of its units early.
         skip: names or patterns of layers to spare as well: ``("conv1", "body.*")``.
         prune_output: prune the output layer, too: the prunable layer that was registered last, unless a warning comes.
-        only: names or patterns of parameters to prune instead, vectors apart: ``("lstm.weight_*",)``. What is spared
-            stays so. Unit methods take weights of the layers in `LAYERS` alone.
+        only: names or patterns of parameters to prune instead: ``("lstm.weight_*",)``. Unit methods take only `LAYERS`.
         generator: source of the random methods' numbers. None: they follow ``torch.manual_seed``, the same each time.
-
     Returns: masks by parameter name, such as "fc1.weight", True = keep. Unit methods mask the biases, too ("fc1.bias"),
         but not those that other layers share; and a BatchNorm behind a pruned unit still emits its shift.
     Raises: TypeError, ValueError: an argument of the wrong type or range; nothing to prune; a method that fails; a
@@ -170,11 +146,9 @@ def find_masks(
     Warns: UserWarning: a layer loses everything; the spared layer is probably not the output, or not all of it; a tenth
         or more of the weights stays dense because `LAYERS` lacks the classes of their modules.
 
-    Example:
-        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-        >>> masks = find_masks(model, "unit", sparsity=1 / 3)
-        >>> {name: mask.count_nonzero().item() for name, mask in masks.items()}
-        {'0.weight': 8, '0.bias': 2}
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> {name: mask.count_nonzero().item() for name, mask in find_masks(model, "unit", sparsity=1 / 3).items()}
+    {'0.weight': 8, '0.bias': 2}
     """
     sparsity = _fraction(sparsity)
     if method not in METHODS:
@@ -186,36 +160,33 @@ def find_masks(
     generator = generator or torch.Generator("cpu").manual_seed(torch.initial_seed())  # of its own, for threads' sake
     weights, doubts = _chosen(model, skip, prune_output, only)
     masks: dict[str, Tensor] = {}
+    empty = []
     for group in [weights] if scope == "global" else [[weight] for weight in weights]:
         scores = {weight.names[0]: _scored(weight, method, generator) for weight in group}
         for weight, keep in zip(group, _select(scores, sparsity, METHODS[method] is torch.abs), strict=True):
             masks |= weight.masks(keep)
-    found = {weight.names[0]: masks[weight.names[0]] for weight in weights}
-    empty = [name for name, mask in found.items() if mask.numel() and not (mask.numpy() if mask.is_cpu else mask).any()]
-    for doubt in [*doubts, f"pruning leaves nothing of {_listed(empty)} at sparsity {sparsity:g}" if empty else ""]:
-        if doubt:
-            warnings.warn(doubt, stacklevel=2)
+            empty += [weight.names[0]] if weight.parameter.numel() and not keep.any() else []
+    if empty:
+        doubts.append(f"pruning leaves nothing of {_listed(empty)} at sparsity {sparsity:g}")
+    for doubt in doubts:
+        warnings.warn(doubt, stacklevel=2)
     return masks
 
 
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Set what masks prune to zero, in place: all of it, or after an error nothing.
 
-    Called after each ``optimizer.step()``, it holds pruned weights at zero through training; so does one
-    ``optimizer.register_step_post_hook(lambda *_: apply_masks(model, masks))``.
+    ``optimizer.register_step_post_hook(lambda *_: apply_masks(model, masks))`` holds it at zero through training.
 
     Args:
         model: any module, also wrapped by torch.compile or DataParallel.
         masks: boolean tensors by parameter name, True = keep, of the parameters' shapes, on any device.
+    Raises: TypeError, ValueError: masks that aren't boolean tensors by name, or fit no parameter that can be pruned.
 
-    Raises: TypeError: masks isn't a mapping of names to boolean tensors. ValueError: the model has no such parameter,
-        or one of another shape, or one that can't be pruned.
-
-    Example:
-        >>> model = nn.Linear(2, 1, bias=False)
-        >>> apply_masks(model, {"weight": torch.tensor([[True, False]])})
-        >>> model.weight.count_nonzero().item()
-        1
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> apply_masks(model, {"weight": torch.tensor([[True, False]])})
+    >>> model.weight.count_nonzero().item()
+    1
     """
     if not isinstance(masks, Mapping):
         raise TypeError(f"masks must be a dict of boolean tensors by parameter name, got {type(masks).__name__}")
@@ -227,7 +198,7 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
             raise ValueError(f"the model has no parameter {name!r}{_near(name, parameters)}")
         parameter = _checked(name, parameters[name], in_place=True)
         if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
-            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            got = getattr(mask, "dtype", type(mask).__name__)
             raise TypeError(f"the mask of {name} must be a boolean tensor (True = keep), got {got}")
         if mask.shape != parameter.shape or mask.is_meta or mask.layout is not torch.strided:
             raise ValueError(f"the mask of {name} must be a dense {tuple(parameter.shape)}, got {tuple(mask.shape)}")
@@ -239,11 +210,10 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 def prune_model(model: nn.Module, method: str, sparsity: float, **options: Any) -> nn.Module:
     """A pruned deep copy of a model. Arguments, errors and warnings are those of `find_masks`.
 
-    Example:
-        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-        >>> pruned = prune_model(model, "weight", sparsity=0.75, scope="global")
-        >>> achieved_sparsity(pruned), achieved_sparsity(model)
-        (0.75, 0.0)
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> pruned = prune_model(model, "weight", sparsity=0.75, scope="global")
+    >>> achieved_sparsity(pruned), achieved_sparsity(model)
+    (0.75, 0.0)
     """
     masks = find_masks(model, method, sparsity, **options)
     pruned = copy.deepcopy(model)
@@ -254,15 +224,13 @@ def prune_model(model: nn.Module, method: str, sparsity: float, **options: Any) 
 def achieved_sparsity(
     model: nn.Module, *, skip: Collection[str] = (), prune_output: bool = False, only: Collection[str] | None = None
 ) -> float:
-    """Fraction in [0, 1] of zeros among the weights that `find_masks` would prune (0 if they are none).
+    """Fraction in [0, 1] of zeros among the weights that `find_masks` would prune, with its arguments and errors.
 
-    Args, Raises: as `find_masks`.
-
-    Example:
-        >>> achieved_sparsity(nn.Linear(4, 4), prune_output=True)
-        0.0
+    >>> achieved_sparsity(nn.Linear(4, 4), prune_output=True)
+    0.0
     """
-    tensors = [weight.tensor() for weight in _chosen(model, skip, prune_output, only)[0]]
+    chosen, _ = _chosen(model, skip, prune_output, only)
+    tensors = [_checked(weight.names[0], weight.parameter, in_place=True) for weight in chosen]
     total = sum(tensor.numel() for tensor in tensors)
     return (total - sum(int(tensor.count_nonzero()) for tensor in tensors)) / max(total, 1)
 
@@ -294,23 +262,19 @@ def sweep(
         sparsities: fractions in [0, 1], in any order.
         score: gets a pruned copy in eval mode; what it returns, such as an accuracy, is passed through.
         generator: as in `find_masks`. It stays as it is: all points use its next numbers, and so prune supersets.
-        retrain: gets the copy in training mode (modules that are frozen in a model in training mode stay so) and the
-            masks. It trains the copy in place, its masks held, or recalibrates it; the copy is then scored again.
-
+        retrain: gets the copy, in training mode but for frozen modules, and the masks; the copy is then scored again.
     Returns: a point for each sparsity, in their order.
     Raises: TypeError, ValueError: as `find_masks`, before anything is scored.
 
-    Example:
-        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-        >>> [point.achieved for point in sweep(model, "weight", [0.25, 0.75], score=lambda pruned: 0.0)]
-        [0.25, 0.75]
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> [point.achieved for point in sweep(model, "weight", [0.25, 0.75], score=lambda pruned: 0.0)]
+    [0.25, 0.75]
     """
     if isinstance(sparsities, str) or not isinstance(sparsities, Iterable):
         raise TypeError(f"sparsities must be several numbers in [0, 1], got {sparsities!r}")
     if not callable(score) or not (retrain is None or callable(retrain)):
         raise TypeError(f"score and retrain must be functions, got {score!r} and {retrain!r}")
-    points = []
-    seed = None  # the same numbers for all points, so that larger sparsities prune supersets
+    points, seed = [], None
     if isinstance(generator, torch.Generator):
         seed = int(torch.randint(2**62, (), generator=generator.clone_state(), device=generator.device))
     for sparsity in [_fraction(sparsity) for sparsity in sparsities]:
@@ -329,40 +293,32 @@ def sweep(
 
 
 def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
-    """Take the statistics of a model's BatchNorm layers again, in place: pruning has changed what they should be.
+    """Take the statistics of BatchNorm layers again, in place, for pruning has changed what they should be.
 
-    They become the average over all batches. Nothing else changes, and after an error not even they.
-
-    Args:
-        model: any module, best in the mode in which it will be used.
-        batches: inputs, or tuples that begin with them, such as (images, labels); moved to the model's device.
+    They become the average over all batches: inputs, or tuples that begin with them, such as (images, labels), moved to
+    the model's device. Nothing else changes, and after an error not even they.
 
     Raises: ValueError: there are no batches.
 
-    Example:
-        >>> model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-        >>> recalibrate(model, [(torch.ones(8, 2), torch.zeros(8))])
-        >>> torch.allclose(model[1].running_mean, model[0](torch.ones(2)))
-        True
+    >>> model = nn.BatchNorm1d(2)
+    >>> recalibrate(model, [torch.ones(8, 2)])
+    >>> model.running_mean
+    tensor([1., 1.])
     """
-    trial = copy.deepcopy(model).eval()
-    pairs: list[Any] = [
-        (own, norm)
-        for own, norm in zip(model.modules(), trial.modules(), strict=True)
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats
-    ]
-    for _, norm in pairs:
+    trial, count = copy.deepcopy(model).eval(), 0
+    norms: list[Any] = [norm for norm in trial.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
+    for norm in (norm for norm in norms if norm.track_running_stats):
         norm.reset_running_stats()
         norm.momentum, norm.training = None, True  # None: the average
-    count = 0
     with torch.no_grad():
         for count, batch in enumerate(batches, start=1):  # noqa: B007
             inputs = batch[0] if isinstance(batch, tuple | list) else batch
             trial(inputs.to(next(trial.parameters()).device))
     if not count:
         raise ValueError("recalibrate needs at least one batch")
-    for own, norm in pairs:
-        own.load_state_dict(norm.state_dict())
+    for own, norm in zip(model.modules(), trial.modules(), strict=True):
+        if norm in norms:
+            own.load_state_dict(norm.state_dict())
 
 
 # How layers are found
@@ -372,7 +328,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
 class _Weight:
     """A matrix of the model, or more dimensions."""
 
-    parameter: Any  # None if it is computed from other parameters
+    parameter: Any  # a plain tensor if it is computed from other parameters
     dim: int | None  # that counts outputs; None if LAYERS doesn't tell
     groups: int
     convolves: bool
@@ -380,23 +336,16 @@ class _Weight:
     users: list[str] = field(default_factory=list)  # names of all modules that use it
     biases: dict[int, str] = field(default_factory=dict)  # names of those that no other modules use
 
-    def tensor(self) -> Tensor:
-        """The parameter, detached, if it can be ranked and pruned in place."""
-        return _checked(self.names[0], self.parameter, in_place=True)
-
-    def turned(self, tensor: Tensor, back: bool = False) -> Tensor:
+    def turned(self, tensor: Tensor) -> Tensor:
         """From the weight's own layout to (out, in / groups, …), or back."""
-        if not self.dim:
-            return tensor
-        ends = (1, self.dim + 1) if back else (self.dim + 1, 1)
-        return tensor.unflatten(0, (self.groups, -1)).movedim(*ends).flatten(0, 1)
+        return tensor.unflatten(0, (self.groups, -1)).transpose(1, self.dim + 1).flatten(0, 1) if self.dim else tensor
 
     def masks(self, keep: Tensor) -> dict[str, Tensor]:
         """Masks by parameter name, from one of the weight's shape or (units,)."""
         if keep.dim() > 1:
             return {self.names[0]: keep}
         weight = self.turned(self.parameter.detach())
-        mask = self.turned(keep.view(-1, *[1] * (weight.dim() - 1)).expand_as(weight), back=True).contiguous()
+        mask = self.turned(keep.view(-1, *[1] * (weight.dim() - 1)).expand_as(weight)).contiguous()
         return {self.names[0]: mask} | dict.fromkeys(self.biases.values(), keep)
 
 
@@ -414,37 +363,33 @@ def _modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]
 
 def _matrices(model: nn.Module) -> tuple[list[_Weight], list[str]]:
     """The weights of all layers in LAYERS and all other matrices, in order of registration; the names of the layers."""
-    found: dict[Any, _Weight] = {}
-    layers, biases, users = [], {}, defaultdict(set)
+    found: dict[int, _Weight] = {}
+    layers, users, modules = [], defaultdict(set), dict(_modules(model))
     lists = (nn.ParameterList, nn.ParameterDict)  # they make no difference to what other modules use
-    for name, module in sorted(_modules(model), key=lambda named: isinstance(named[1], lists)):
+    for name, module in sorted(modules.items(), key=lambda named: isinstance(named[1], lists)):
         layer_dim = next((LAYERS[parent] for parent in type(module).__mro__ if parent in LAYERS), None)
-        own, computed = module._parameters, []
+        own, computed = module._parameters, {}
         if layer_dim is not None:
             layers.append(name)
-            biases[name] = own.get("bias")
-            computed = [key for key in ("weight", "bias") if key not in own and hasattr(module, key)]
-        for key, parameter in (own | dict.fromkeys(computed)).items():
-            if isinstance(module, lists) and id(parameter) in users:
+            computed = {key: getattr(module, key, None) for key in ("weight", "bias") if key not in own}
+        for key, parameter in (own | computed).items():
+            if parameter is None or (isinstance(module, lists) and id(parameter) in users):
                 continue
             users[id(parameter)].add(name)
             dim = layer_dim if key == "weight" or key in computed else None
-            if dim is not None or (_has_shape(parameter) and parameter.dim() > 1):
+            if dim is not None or (not nn.parameter.is_lazy(parameter) and parameter.dim() > 1):
                 groups = getattr(module, "groups", 1) if dim is not None else 1
                 new = _Weight(parameter, dim, groups, hasattr(module, "kernel_size"))
-                weight = found.setdefault((name, key) if parameter is None else id(parameter), new)
+                weight = found.setdefault(id(parameter), new)
                 weight.names.append(f"{name}.{key}".lstrip("."))
                 weight.users.append(name)
                 weight.dim = dim if weight.dim == dim else None
     for weight in found.values():
         for name in weight.users:
-            if biases.get(name) is not None and users[id(biases[name])] <= {*weight.users}:
-                weight.biases.setdefault(id(biases[name]), f"{name}.bias".lstrip("."))
+            bias = modules[name]._parameters.get("bias")
+            if bias is not None and users[id(bias)] <= {*weight.users}:
+                weight.biases.setdefault(id(bias), f"{name}.bias".lstrip("."))
     return list(found.values()), layers
-
-
-def _has_shape(parameter: Any) -> bool:
-    return parameter is not None and not nn.parameter.is_lazy(parameter)
 
 
 def _chosen(
@@ -454,25 +399,27 @@ def _chosen(
     matrices, layers = _matrices(model)
     output = [] if prune_output else layers[-1:]
     skipped = _matched("skip", skip, [name for weight in matrices for name in weight.users])
-    spared = tuple(f"{name}." for name in [*output, *itertools.chain(*skipped)])
+    spared = tuple(f"{name}." for name in {*output}.union(*skipped))
     free = [weight for weight in matrices if not any(f"{name}.".startswith(spared) for name in weight.users)]
     chosen = [weight for weight in free if weight.dim is not None]
     hint = f"; {output[0]!r}, registered last, is spared as the output unless prune_output=True" if output else ""
+    doubts = [*_doubts(output, free if only is None else chosen, matrices)]
     if only is not None:
         named = _matched("only", only, [name for weight in matrices for name in weight.names])
-        chosen = [weight for weight in free if {*weight.names} & {*itertools.chain(*named)}]
+        wanted = {name for names in named for name in names}
+        chosen = [weight for weight in free if wanted & {*weight.names}]
         for names in named:
             if not any({*weight.names} & {*names} for weight in chosen):
                 raise ValueError(f"only: {_listed(names)} can't be pruned and spared at once{hint}")
     if not chosen:
         others = f"; only=(…) could name {_listed([weight.names[0] for weight in free])}" if free else ""
         raise ValueError(f"{'every layer in LAYERS is spared' if layers else 'no layer is in LAYERS'}{hint}{others}")
-    return chosen, [*_doubts(output, [w for w in free if only is None or w.dim is not None], matrices)]
+    return chosen, doubts
 
 
 def _doubts(output: Sequence[str], free: Sequence[_Weight], matrices: Sequence[_Weight]) -> Iterator[str]:
     """What the user may not expect: much that stays dense, and an output layer that is probably not it, or not all."""
-    matrices = [weight for weight in matrices if _has_shape(weight.parameter)]
+    matrices = [w for w in matrices if isinstance(w.parameter, nn.Parameter) and not nn.parameter.is_lazy(w.parameter)]
     dense = [weight for weight in matrices if weight.dim is None and weight in free]
     share = sum(w.parameter.numel() for w in dense) / max(1, sum(w.parameter.numel() for w in matrices))
     if share >= 0.1:
@@ -481,7 +428,6 @@ def _doubts(output: Sequence[str], free: Sequence[_Weight], matrices: Sequence[_
         yield f"{text}: {names}; prune them by name with only=(…), or spare the modules with skip=(…)"
     shapes = {w: w.turned(torch.empty(w.parameter.shape, device="meta")).shape for w in matrices}
     inputs = {w: {n * w.groups for n in shapes[w][w.dim is not None : 2 if w.convolves else None]} for w in matrices}
-
     every = set().union(*inputs.values())
 
     def taken(weight: _Weight, sizes: Iterable[int]) -> bool:
@@ -491,13 +437,13 @@ def _doubts(output: Sequence[str], free: Sequence[_Weight], matrices: Sequence[_
 
     layers = [weight for weight in matrices if weight.dim is not None]
     ends = [weight for weight in layers if weight in free and not taken(weight, every)]
-    for spared in [weight for weight in layers if {*output} & {*weight.users}]:
+    for spared in [weight for weight in layers if {*output} & {*weight.users}]:  # one, if any
         n, text = shapes[spared][0], f"{output[0]!r}, registered last, is spared as the output layer, but"
         twins = [end.users[0] for end in ends if shapes[end][0] == n]
         heads = [end.users[0] for end in ends if shapes[end][0] < n or n in inputs[end]]
         if twins:
             yield f"{text} as many outputs of {_listed(twins)} go nowhere, either: if they're wanted, add them to skip"
-        elif heads and taken(spared, set().union(*(inputs[w] for w in layers if w is not spared))):
+        elif heads and taken(spared, set().union(*(inputs[weight] for weight in layers if weight is not spared))):
             text = f"{text} other layers take its outputs, while those of {_listed(heads)} go nowhere"
             yield f"{text}: if they're wanted, add them to skip and pass prune_output=True"
 
@@ -529,20 +475,18 @@ def _listed(names: Sequence[str]) -> str:
 
 def _fraction(sparsity: Any) -> float:
     """The sparsity as a float, if it is a fraction."""
-    if isinstance(sparsity, Tensor | np.ndarray) and sparsity.ndim == 0:
-        sparsity = sparsity.item()
-    if isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real):
-        raise TypeError(f"sparsity must be a number in [0, 1], got {sparsity!r}")
-    number = float(sparsity)
-    if not 0 <= number <= 1:
-        hint = f": did you mean {number / 100:g}?" if 2 <= number <= 100 else ""
-        raise ValueError(f"sparsity must be a fraction in [0, 1], got {sparsity}{hint}")
-    return number
+    number: Any = sparsity.item() if isinstance(sparsity, Tensor | np.ndarray) and sparsity.ndim == 0 else sparsity
+    if isinstance(number, bool) or not isinstance(number, numbers.Real):
+        raise TypeError(f"sparsity must be a number in [0, 1], got {number!r}")
+    if not 0 <= float(number) <= 1:
+        hint = f": did you mean {float(number) / 100:g}?" if 2 <= float(number) <= 100 else ""
+        raise ValueError(f"sparsity must be a fraction in [0, 1], got {number}{hint}")
+    return float(number)
 
 
 def _checked(name: str, tensor: Any, in_place: bool = False) -> Tensor:
     """The tensor, detached, if it is one that can be ranked, and perhaps changed in place."""
-    if in_place and tensor is None:
+    if in_place and not isinstance(tensor, nn.Parameter):
         cure = "torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations"
         raise ValueError(f"{name} is computed from other parameters: make it permanent with {cure}")
     if not isinstance(tensor, Tensor):
@@ -565,7 +509,8 @@ def _check_finite(name: str, weight: Tensor, witness: Tensor) -> None:
 
 def _scored(weight: _Weight, method: str, generator: torch.Generator) -> Tensor:
     """Scores of a weight, of its own shape or (units,). Magnitudes are left to be taken block by block."""
-    score, name, tensor = METHODS[method], weight.names[0], weight.tensor()
+    score, name = METHODS[method], weight.names[0]
+    tensor = _checked(name, weight.parameter, in_place=True)
     if score is torch.abs:
         return tensor
     _check_finite(name, tensor, tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)))
@@ -577,16 +522,14 @@ def _scored(weight: _Weight, method: str, generator: torch.Generator) -> Tensor:
     except Exception as error:
         hint = "" if turned.grad is not None else ", which has no gradient"
         raise ValueError(f"method {method!r} fails for {name}{hint}: {type(error).__name__}: {error}") from error
-    fits = (
-        isinstance(scores, Tensor) and scores.is_floating_point() and scores.shape in (turned.shape, turned.shape[:1])
-    )
-    if not fits or scores.isnan().any():
+    fits = isinstance(scores, Tensor) and scores.is_floating_point()
+    if not fits or scores.shape not in (turned.shape, turned.shape[:1]) or scores.isnan().any():
         got = f"{tuple(scores.shape)} of {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
         shapes = f"{tuple(turned.shape)} or {tuple(turned.shape[:1])}"
         raise ValueError(f"the scores of {name} must be floating-point, of shape {shapes}, and not NaN, got {got}")
     if scores.dim() == 1 and weight.dim is None:
         raise ValueError(f"{name} has no units that {method!r} could rank: LAYERS lacks the class of its module")
-    return scores.detach() if scores.dim() == 1 else weight.turned(scores.detach(), back=True)
+    return scores.detach() if scores.dim() == 1 else weight.turned(scores.detach())
 
 
 def _select(ranked: Mapping[str, Tensor], sparsity: float, magnitude: bool = False) -> list[Tensor]:
@@ -597,13 +540,20 @@ def _select(ranked: Mapping[str, Tensor], sparsity: float, magnitude: bool = Fal
 
     Source: Floyd and Rivest, "Expected Time Bounds for Selection" (1975).
     """
-    masks = [torch.empty(scores.shape, dtype=torch.bool, device=scores.device) for scores in ranked.values()]
-    total = sum(mask.numel() for mask in masks)
+    dtype = torch.float64 if any(scores.dtype == torch.float64 for scores in ranked.values()) else torch.float32
+    total = sum(scores.numel() for scores in ranked.values())
     count = round(sparsity * total)
     step = 6 * int(total ** (1 / 3) / 16) + 1  # 1 for few scores; out of step with rows of 2, 3, 4, 6, … scores
-    dtype = torch.float64 if any(scores.dtype == torch.float64 for scores in ranked.values()) else torch.float32
-    blocks, sample = _in_blocks(ranked, masks, step, dtype)
-    sample = abs(sample) if magnitude else sample
+    masks, blocks, samples, start = [], [], [np.empty(0, np.float32)], 0
+    for name, tensor in ranked.items():
+        masks.append(torch.empty(tensor.shape, dtype=torch.bool, device=tensor.device))
+        flat, size = tensor.reshape(-1), BLOCK if tensor.is_cpu else GPU_BLOCK
+        samples.append(flat[-start % step :: step].to(dtype).cpu().numpy())
+        keep: Any = masks[-1].view(-1).numpy() if tensor.is_cpu else masks[-1].view(-1)
+        for first in range(0, len(flat), size):
+            blocks.append((name, flat[first : first + size], keep[first : first + size], start + first))
+        start += len(flat)
+    sample: Any = abs(np.concatenate(samples)) if magnitude else np.concatenate(samples)
     ordered, rank = np.sort(sample), len(sample) * count / max(total, 1)
     margin = 2 * math.sqrt(rank * (1 - count / max(total, 1)) * (1 - 1 / step)) + (step > 1)  # 2 standard deviations
     while True:
@@ -612,11 +562,10 @@ def _select(ranked: Mapping[str, Tensor], sparsity: float, magnitude: bool = Fal
         for name, part, keep, start in blocks:
             library: Any = np if part.is_cpu else torch  # on the CPU, NumPy compares several times faster than torch
             scores: Any = part.to(dtype).numpy() if part.is_cpu else part.to(dtype)
-            scores = abs(scores) if magnitude else scores
+            scores = library.abs(scores) if magnitude else scores
             if magnitude and not math.isfinite(scores.max()):
                 raise ValueError(f"{name} must be finite, but has NaN or infinite weights")
-            inside = _compare(scores, start, low, library.empty_like(keep))
-            inside ^= _compare(scores, start, high, keep)
+            inside = _compare(scores, start, low) ^ _compare(scores, start, high, out=keep)
             kept += int(library.count_nonzero(keep))
             indices.append(library.where(inside)[0])
             values.append(scores[indices[-1]] if part.is_cpu else scores[indices[-1]].cpu().numpy())
@@ -625,26 +574,11 @@ def _select(ranked: Mapping[str, Tensor], sparsity: float, magnitude: bool = Fal
         if 0 <= excess <= len(between):
             break
         margin = 4 * margin + 1  # the sample misled
-    after = _compare(between, 0, _bound(between, np.sort(between), excess - 1), np.empty(len(between), bool))
+    after = _compare(between, 0, _bound(between, np.sort(between), excess - 1))
     for (_, part, keep, _), index in zip(blocks, indices, strict=True):
         now, after = after[: len(index)], after[len(index) :]
         keep[index] = now if part.is_cpu else torch.from_numpy(now).to(part.device)
     return masks
-
-
-def _in_blocks(
-    ranked: Mapping[str, Tensor], masks: Sequence[Tensor], step: int, dtype: torch.dtype
-) -> tuple[list[tuple[str, Tensor, Any, int]], np.ndarray]:
-    """Parts of the scores, with their names, their masks and their positions through all; every step-th score."""
-    blocks, samples, start = [], [np.empty(0, np.float32)], 0
-    for (name, scores), mask in zip(ranked.items(), masks, strict=True):
-        flat, size = scores.reshape(-1), BLOCK if mask.is_cpu else GPU_BLOCK
-        samples.append(flat[-start % step :: step].to(dtype).cpu().numpy())
-        for part, keep in zip(flat.split(size), mask.view(-1).split(size), strict=True):
-            if len(part):
-                blocks.append((name, part, keep.numpy() if keep.is_cpu else keep, start))
-            start += len(part)
-    return blocks, np.concatenate(samples)
 
 
 def _bound(scores: np.ndarray, ordered: np.ndarray, rank: int, step: int = 1) -> tuple[float, float]:
@@ -657,10 +591,10 @@ def _bound(scores: np.ndarray, ordered: np.ndarray, rank: int, step: int = 1) ->
     return float(ordered[rank]), step * int(equal[rank - np.searchsorted(ordered, ordered[rank])])
 
 
-def _compare(scores: Any, start: int, bound: tuple[float, float], out: Any) -> Any:
+def _compare(scores: Any, start: int, bound: tuple[float, float], out: Any = None) -> Any:
     """Whether each score, the first at position `start`, ranks after a bound."""
-    library: Any = np if isinstance(scores, np.ndarray) else torch
-    value, cut = bound[0], int(min(max(bound[1] + 1 - start, 0), len(scores)))
-    library.greater(scores[:cut], value, out=out[:cut])
-    library.greater_equal(scores[cut:], value, out=out[cut:])
-    return out
+    library, (value, position) = (np if isinstance(scores, np.ndarray) else torch), bound
+    after: Any = (library.greater if position >= start else library.greater_equal)(scores, value, out=out)
+    if start <= position < start + len(scores) - 1:
+        after[int(position) + 1 - start :] = scores[int(position) + 1 - start :] >= value
+    return after
