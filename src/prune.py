@@ -137,7 +137,8 @@ def find_masks(
             Units then rank by norms relative to the largest of their layer, so that none loses all of its units early.
         skip: names or patterns of layers to spare as well: ``("conv1", "body.*")``.
         prune_output: prune the output layer, too: the prunable layer that was registered last, unless a warning comes.
-        only: names or patterns of parameters to prune instead: ``("lstm.weight_*",)``. Unit methods take only `LAYERS`.
+        only: names or patterns of parameters to prune instead, but for what is spared: ``("lstm.weight_*",)``. Unit
+            methods take weights of the layers in `LAYERS` alone.
         generator: source of the random methods' numbers. None: they follow ``torch.manual_seed``, the same each time.
     Returns: masks by parameter name, such as "fc1.weight", True = keep. Unit methods mask the biases, too ("fc1.bias"),
         but not those that other layers share; and a BatchNorm behind a pruned unit still emits its shift.
@@ -165,7 +166,8 @@ def find_masks(
         scores = {weight.names[0]: _scored(weight, method, generator) for weight in group}
         for weight, keep in zip(group, _select(scores, sparsity, METHODS[method] is torch.abs), strict=True):
             masks |= weight.masks(keep)
-            empty += [weight.names[0]] if weight.parameter.numel() and not keep.any() else []
+            kept = (keep.numpy() if keep.is_cpu else keep).any()  # NumPy stops at the first
+            empty += [] if kept or not weight.parameter.numel() else [weight.names[0]]
     if empty:
         doubts.append(f"pruning leaves nothing of {_listed(empty)} at sparsity {sparsity:g}")
     for doubt in doubts:
@@ -274,7 +276,7 @@ def sweep(
         raise TypeError(f"sparsities must be several numbers in [0, 1], got {sparsities!r}")
     if not callable(score) or not (retrain is None or callable(retrain)):
         raise TypeError(f"score and retrain must be functions, got {score!r} and {retrain!r}")
-    points, seed = [], None
+    points, seed = [], None  # the same numbers at every sparsity, so that a larger one prunes a superset
     if isinstance(generator, torch.Generator):
         seed = int(torch.randint(2**62, (), generator=generator.clone_state(), device=generator.device))
     for sparsity in [_fraction(sparsity) for sparsity in sparsities]:
@@ -555,17 +557,17 @@ def _select(ranked: Mapping[str, Tensor], sparsity: float, magnitude: bool = Fal
         start += len(flat)
     sample: Any = abs(np.concatenate(samples)) if magnitude else np.concatenate(samples)
     ordered, rank = np.sort(sample), len(sample) * count / max(total, 1)
-    margin = 2 * math.sqrt(rank * (1 - count / max(total, 1)) * (1 - 1 / step)) + (step > 1)  # 2 standard deviations
+    margin = 2.5 * math.sqrt(rank * (1 - count / max(total, 1)) * (1 - 1 / step)) + (step > 1)  # 2.5 deviations
     while True:
         low, high = (_bound(sample, ordered, math.ceil(rank + side) - 1, step) for side in (-margin, margin))
         kept, indices, values = 0, [], [sample[:0]]
         for name, part, keep, start in blocks:
             library: Any = np if part.is_cpu else torch  # on the CPU, NumPy compares several times faster than torch
             scores: Any = part.to(dtype).numpy() if part.is_cpu else part.to(dtype)
-            scores = library.abs(scores) if magnitude else scores
-            if magnitude and not math.isfinite(scores.max()):
+            if magnitude and not math.isfinite((scores := library.abs(scores)).max()):
                 raise ValueError(f"{name} must be finite, but has NaN or infinite weights")
-            inside = _compare(scores, start, low) ^ _compare(scores, start, high, out=keep)
+            inside = _compare(scores, start, low)
+            inside ^= _compare(scores, start, high, out=keep)
             kept += int(library.count_nonzero(keep))
             indices.append(library.where(inside)[0])
             values.append(scores[indices[-1]] if part.is_cpu else scores[indices[-1]].cpu().numpy())
