@@ -116,11 +116,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_config(argv: Sequence[str] | None = None) -> Config:
-    """Read the command line: k comes sorted, each once, 0 among them.
-
-    Raises:
-        SystemExit: 2 after one line on stderr for a bad setting, 0 after `--help`.
-    """
+    """Read the command line; k comes sorted, with 0. SystemExit: 2 after a line on a bad setting, 0 after `--help`."""
     parser = _Parser(
         prog="train.py", allow_abbrev=False,
         description="Train a network, prune copies of it at every k %, and plot accuracy against sparsity.",
