@@ -294,15 +294,20 @@ def load_compressed(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     if Path(path).exists() and not Path(path).is_file():
         raise ValueError(f"{str(path)!r} is no regular file, so not from save_compressed")
-    with Path(path).open("rb") as file, suppress(Exception):  # of many types; torch's words advise to execute the file
+    with Path(path).open("rb") as file:
         limit = max(UNPACKED, 128 * os.fstat(file.fileno()).st_size)
-        if file.peek(2)[:2] == b"PK":  # torch.save's own, not packed
-            return _read(file, limit)
-        unpacker, content = zlib.decompressobj(wbits=31), io.BytesIO()  # 31: gzip, with its checksum
-        while not unpacker.eof and content.tell() <= limit and (packed := file.read(2**13)):
-            content.write(unpacker.decompress(packed))  # 8 MB at most
-        if unpacker.eof and not unpacker.unused_data and not file.read(1):
-            return _read(content, limit)
+        try:
+            if file.peek(2)[:2] == b"PK":  # torch.save's own, not packed
+                return _read(file, limit)
+            unpacker, content = zlib.decompressobj(wbits=31), io.BytesIO()  # 31: gzip, with its checksum
+            while not unpacker.eof and content.tell() <= limit and (packed := file.read(2**13)):
+                content.write(unpacker.decompress(packed))  # 8 MB at most
+            if unpacker.eof and not unpacker.unused_data and not file.read(1):
+                return _read(content, limit)
+        except OSError:  # the disk failed, not the file
+            raise
+        except Exception:  # of many types; torch's words advise to execute the file
+            pass
     raise ValueError(f"{str(path)!r} is damaged, not from save_compressed, or asks for more than {limit:,} bytes")
 
 

@@ -125,12 +125,12 @@ def _read_mnist(path: Path, faults: list[str]) -> Tensor:
                 faults.append(f"{source}: {one_line(error)}")
                 warn(f"Not used: {faults[-1]}")
             continue
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if source != path:
+        if source != path:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 write_file(path, data)
-        except OSError as error:  # the bytes are good all the same
-            warn(f"MNIST is not kept unpacked: {one_line(error)}; this run goes on without that")
+            except OSError as error:  # the bytes are good all the same
+                warn(f"MNIST is not kept unpacked: {one_line(error)}; this run goes on without that")
         values = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # after a header of 16 bytes, or 8
         return values[16:].view(-1, 784).float().div_(255) if "images" in path.name else values[8:].long()
     cure = f"Put the four .gz files of MNIST into {path.parent}, or choose --dataset digits"

@@ -58,7 +58,8 @@ class Engine:
     def train_epoch(self, batches: Batches) -> float:
         """Train on every batch; return the accuracy in [0, 1] over all images, each in its own training pass.
 
-        Raises: FloatingPointError: it diverged. IndexError, RuntimeError: of the model or `loss`. ValueError: the rest.
+        Raises: FloatingPointError: it diverged. IndexError, RuntimeError: of the model or `loss`. ValueError: no
+            optimizer, no batches, too few masks or another model's, or not one target an image.
         """
         if self.optimizer is None:
             raise ValueError("training needs an optimizer: Engine(model, optimizer)")

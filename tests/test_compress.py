@@ -10,6 +10,7 @@ import warnings
 import zipfile
 import zlib
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -873,3 +874,9 @@ def test_on_cuda(tmp_path):
     assert states_equal(
         load_compressed(tmp_path / "model.bin")[0], {name: weight.cpu() for name, weight in model.state_dict().items()}
     )
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").is_file(), reason="needs a file that cannot be read from its start")
+def test_a_disk_that_fails_is_not_told_as_a_damaged_file():
+    with pytest.raises(OSError, match="Input/output error"):
+        load_compressed("/proc/self/mem")
