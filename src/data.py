@@ -127,7 +127,6 @@ def _read_mnist(path: Path, faults: list[str]) -> Tensor:
             continue
         if source != path:
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
                 write_file(path, data)
             except OSError as error:  # the bytes are good all the same
                 warn(f"MNIST is not kept unpacked: {one_line(error)}; this run goes on without that")

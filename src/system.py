@@ -25,12 +25,13 @@ MEETING = 25.0  # seconds in which all ranks must have started; torch waits twic
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, or raise an OSError; a killed process may leave a `.NAME.….tmp` beside it."""
+    """Write a file whole or not at all, and make its folder; OSError. A kill may leave a `.NAME.….tmp` there."""
     target = Path(os.path.realpath(path))  # a symbolic link stays
     temporary = target.with_name(f".{target.name[:30]}.{os.urandom(8).hex()}.tmp")  # names end at 255 bytes
     try:
         if os.path.lexists(target) and not target.is_file():
             raise OSError(errno.EEXIST, "Not a regular file, so it is not replaced")
+        target.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as file:
             file.write(data)
             file.flush()
