@@ -3,36 +3,33 @@
 import argparse
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent  # the folders are found from any working directory
 K_PERCENT = (0.0, 25.0, 50.0, 60.0, 70.0, 75.0, 80.0, 85.0, 90.0, 92.5, 95.0, 97.5, 99.0)
 METHODS = ("weight", "unit", "random_weight", "random_unit")  # the last two are baselines
+BATCH_SIZE = {"mnist": 512, "digits": 64}  # images a training step, by default
 
 
-def _number(convert: Callable[[str], Any], accepts: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        try:
-            if accepts(value := convert(text)):
-                return value
-        except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
-
-    return parse
+def _parse(convert: Callable[[str], Any], accepts: Callable[[Any], bool], wanted: str, text: str) -> Any:
+    try:
+        if accepts(value := convert(text)):
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
 
 
-def _whole(minimum: int) -> Callable[[str], int]:
-    return _number(int, lambda value: minimum <= value <= 10**9, f"a whole number from {minimum} to {10**9}")
-
-
-_percent = _number(float, lambda value: 0 <= value <= 100, "a number from 0 to 100 (in %)")
-_fraction = _number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
-_positive = _number(float, lambda value: 0 < value < math.inf, "a number > 0, and finite")
-_not_negative = _number(float, lambda value: 0 <= value < math.inf, "a number >= 0, and finite")
-_path = _number(Path, lambda path: path.parts, "a path")  # an unset shell variable would mean the working directory
+_from_0 = partial(_parse, int, lambda value: 0 <= value <= 10**9, f"a whole number from 0 to {10**9}")
+_from_1 = partial(_parse, int, lambda value: 1 <= value <= 10**9, f"a whole number from 1 to {10**9}")
+_percent = partial(_parse, float, lambda value: 0 <= value <= 100, "a number from 0 to 100 (in %)")
+_fraction = partial(_parse, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+_positive = partial(_parse, float, lambda value: 0 < value < math.inf, "a number > 0, and finite")
+_not_negative = partial(_parse, float, lambda value: 0 <= value < math.inf, "a number >= 0, and finite")
+_path = partial(_parse, Path, lambda path: path.parts, "a path")  # an unset shell variable would be the working folder
 
 
 def _method_and_k(text: str) -> tuple[str, float]:
@@ -43,14 +40,14 @@ def _method_and_k(text: str) -> tuple[str, float]:
 
 
 def _flag(group: str, default: Any, help: str, **keywords: Any) -> Any:
-    """A field that carries the arguments of its command-line flag: those of argparse's add_argument."""
-    if isinstance(default, int | float | str | Path) and "action" not in keywords:
+    """A field that carries its flag, as argparse takes it: a switch for a bool, several values for a tuple."""
+    if isinstance(default, bool):
+        keywords["action"] = "store_true"
+    elif isinstance(default, tuple):
+        keywords |= {"nargs": "+", "action": "extend"}
+    elif default is not None:
         help = f"{help} (default: {default})"
-    return field(default=default, metadata={"group": group, "help": help, **keywords})
-
-
-_SWITCH = {"action": "store_true"}
-_SEVERAL = {"nargs": "+", "action": "extend"}
+    return field(default=default, metadata={"group": group, "flag": {"help": help, **keywords}})
 
 
 @dataclass(frozen=True)
@@ -58,41 +55,34 @@ class Config:
     """The settings of a run. Each field is also a flag: `batch_size` is `--batch-size`."""
 
     dataset: str = _flag("data", "auto", "auto: MNIST, or else the bundled digits", choices=("auto", "mnist", "digits"))
-    holdout: bool = _flag("data", False, "report on the last sixth of the training images, not used then", **_SWITCH)
+    holdout: bool = _flag("data", False, "report on the last sixth of the training images, not used then")
     inputs: Path = _flag("data", ROOT / "inputs", "folder of the data sets", type=_path)
 
-    epochs: int = _flag("training", 10, "passes over the training images", type=_whole(1))
-    batch_size: int | None = _flag("training", None, "images a step (default: MNIST 512, digits 64)", type=_whole(1))
+    epochs: int = _flag("run", 10, "passes over the training images", type=_from_1)
+    seed: int = _flag("run", 0, "seed of the weights and of the order of the images", type=_from_0)
+    seeds: int = _flag("run", 1, "networks to train and sweep: with seeds SEED, SEED + 1, ...", type=_from_1)
+    model: Path | None = _flag("run", None, "take this model file instead of training", type=_path)
+    k: tuple[float, ...] = _flag("run", K_PERCENT, "what to prune, in %%, beside 0 (default: 13 values)", type=_percent)
+    methods: tuple[str, ...] = _flag("run", METHODS[:2], "how to prune (default: weight unit)", choices=METHODS)
+    device: str = _flag("run", "auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    precision: str = _flag("run", "auto", "of training; auto: bf16 where native", choices=("auto", "bf16", "fp32"))
+
     learning_rate: float = _flag("training", 5e-3, "peak of the one-cycle schedule", type=_positive)
     weight_decay: float = _flag("training", 2e-4, "L2 penalty, as Adam adds it to the gradient", type=_not_negative)
+    batch_size: int | None = _flag("training", None, "images a step (default: MNIST 512, digits 64)", type=_from_1)
     label_smoothing: float = _flag("training", 0.1, "share of a target spread over all classes", type=_fraction)
     unit_lasso: float = _flag("training", 0.0, "pull of a group lasso on the norms of hidden units", type=_not_negative)
-    every_k: bool = _flag("training", False, "half of the steps go through a randomly pruned network", **_SWITCH)
-    seed: int = _flag("training", 0, "seed of the weights and of the order of the images", type=_whole(0))
-    seeds: int = _flag("training", 1, "networks to train and sweep: with seeds SEED, SEED + 1, ...", type=_whole(1))
-    model: Path | None = _flag("training", None, "take this model file instead of training", type=_path)
-    device: str = _flag("training", "auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    precision: str = _flag(
-        "training", "auto", "of the training passes; auto: bf16 where it is native", choices=("auto", "bf16", "fp32")
-    )
+    every_k: bool = _flag("training", False, "half of the steps go through a randomly pruned network")
 
-    k: tuple[float, ...] = _flag(
-        "pruning", K_PERCENT, "shares to prune, in %%, beside 0 (default: the exercise's 13)", type=_percent, **_SEVERAL
-    )
-    methods: tuple[str, ...] = _flag(
-        "pruning", METHODS[:2], "what to prune, and by what (default: weight unit)", choices=METHODS, **_SEVERAL
-    )
-    scope: str = _flag("pruning", "layer", "rank within each layer, or across all", choices=("layer", "global"))
-    skip: tuple[str, ...] = _flag(
-        "pruning", (), "layers to spare as well, by name or pattern", metavar="NAME", **_SEVERAL
-    )
-    prune_output: bool = _flag("pruning", False, "do not spare the output layer", **_SWITCH)
-    finetune_epochs: int = _flag("pruning", 0, "epochs to retrain each pruned network", type=_whole(0))
+    finetune_epochs: int = _flag("pruning", 0, "epochs to retrain each pruned network", type=_from_0)
     finetune_learning_rate: float = _flag("pruning", 3e-3, "its peak, times the share pruned", type=_positive)
+    scope: str = _flag("pruning", "layer", "rank within each layer, or across all", choices=("layer", "global"))
+    skip: tuple[str, ...] = _flag("pruning", (), "layers to spare as well, by name or pattern", metavar="NAME")
+    prune_output: bool = _flag("pruning", False, "do not spare the output layer")
 
-    costs: bool = _flag("results", False, "also measure file size and latency at every k", **_SWITCH)
+    costs: bool = _flag("results", False, "also measure file size and latency at every k")
     keep: tuple[tuple[str, float], ...] = _flag(
-        "results", (), "also save networks pruned so: unit:60", type=_method_and_k, metavar="METHOD:K", **_SEVERAL
+        "results", (), "also save networks pruned so: unit:60", type=_method_and_k, metavar="METHOD:K"
     )
     format: str | None = _flag("results", None, "draw the plots in this format as well", choices=("pdf", "svg"))
     models: Path = _flag("results", ROOT / "models", "folder for the trained networks", type=_path)
@@ -101,12 +91,25 @@ class Config:
 
 def without_effect(config: Config) -> list[str]:
     """Settings that say nothing of a run's numbers: where it begins and ends, and with `--model` those of training."""
-    names = ["seed", "seeds"]
-    if config.model is not None:
-        names += ["epochs", "learning_rate", "unit_lasso", "every_k"]
-        if not config.finetune_epochs:
-            names += ["batch_size", "weight_decay", "label_smoothing", "precision"]
-    return names
+    if config.model is None:
+        return ["seed", "seeds"]
+    shared = [] if config.finetune_epochs else ["batch_size", "weight_decay", "label_smoothing", "precision"]
+    return ["seed", "seeds", "epochs", "learning_rate", "unit_lasso", "every_k", *shared]
+
+
+def changed(config: Config) -> list[str]:
+    """The settings of training and pruning that have an effect and are not the defaults, in words.
+
+    >>> changed(Config(learning_rate=0.01, skip=("fc1", "fc2"), prune_output=True))
+    ['learning rate 0.01', 'skip fc1 fc2', 'prune output']
+    """
+    defaults, words = replace(Config(), batch_size=BATCH_SIZE.get(config.dataset)), []
+    for name in (setting.name for setting in fields(Config) if setting.metadata["group"] in ("training", "pruning")):
+        value = getattr(config, name)
+        if value not in (None, getattr(defaults, name)) and name not in without_effect(config):
+            value = " ".join(value) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else value
+            words.append(f"{name.replace('_', ' ')} {value}".removesuffix(" True"))
+    return words
 
 
 class _Parser(argparse.ArgumentParser):
@@ -117,15 +120,14 @@ class _Parser(argparse.ArgumentParser):
 
 def parse_config(argv: Sequence[str] | None = None) -> Config:
     """Read the command line; k comes sorted, with 0. SystemExit: 2 after a line on a bad setting, 0 after `--help`."""
-    parser = _Parser(
-        prog="train.py", allow_abbrev=False,
-        description="Train a network, prune copies of it at every k %, and plot accuracy against sparsity.",
-    )  # fmt: skip
-    groups = {name: parser.add_argument_group(name) for name in ("data", "training", "pruning", "results")}
+    purpose = "Train a network, prune copies of it at every k %, and plot accuracy against sparsity."
+    # A flag that is not given stays absent, so that the dataclass alone holds the defaults.
+    parser = _Parser("train.py", description=purpose, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    groups = {name: parser.add_argument_group(name) for name in ("data", "run", "training", "pruning", "results")}
     for setting in fields(Config):
-        flag = dict(setting.metadata)
-        # A flag that is not given stays absent, so that the dataclass alone holds the defaults.
-        groups[flag.pop("group")].add_argument(f"--{setting.name.replace('_', '-')}", default=argparse.SUPPRESS, **flag)
+        groups[setting.metadata["group"]].add_argument(
+            f"--{setting.name.replace('_', '-')}", **setting.metadata["flag"]
+        )
     given = vars(parser.parse_args(argv))
     given = {name: tuple(dict.fromkeys(value)) if isinstance(value, list) else value for name, value in given.items()}
     # The dense network is always measured: it is what the others are compared with.

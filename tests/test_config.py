@@ -1,11 +1,14 @@
+import doctest
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-from config import K_PERCENT, Config, parse_config, without_effect
+import config
+from config import BATCH_SIZE, K_PERCENT, Config, changed, parse_config, without_effect
 
 
 def test_defaults_are_those_of_the_exercise():
@@ -42,6 +45,34 @@ def test_what_says_nothing_of_the_numbers():
     assert "epochs" in without_effect(parse_config(["--model", "m.bin", "--finetune-epochs", "1"]))
     assert "precision" not in without_effect(parse_config(["--model", "m.bin", "--finetune-epochs", "1"]))
     assert "precision" in without_effect(parse_config(["--model", "m.bin"]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("", []),
+        ("--seed 3 --seeds 5 --epochs 20 --k 50 --methods unit --device cpu --precision fp32 --holdout --costs", []),
+        ("--unit-lasso 1 --every-k --scope global", ["unit lasso 1", "every k", "scope global"]),
+        ("--skip fc1 fc2 --prune-output --finetune-epochs 3", ["finetune epochs 3", "skip fc1 fc2", "prune output"]),
+        ("--weight-decay 0.00001", ["weight decay 1e-05"]),
+        ("--dataset mnist --batch-size 512", []),
+        ("--dataset digits --batch-size 512", ["batch size 512"]),
+        ("--model m.bin --skip fc1", ["skip fc1"]),
+    ],
+)
+def test_what_is_not_as_by_default_is_told_in_words(flags, words):
+    assert changed(parse_config(flags.split())) == words
+
+
+def test_what_has_no_effect_is_not_told_nor_is_a_default_that_was_filled_in():
+    assert changed(Config(model=Path("m.bin"), learning_rate=1.0, batch_size=3, weight_decay=0.0)) == []
+    for dataset, batch_size in BATCH_SIZE.items():
+        assert changed(Config(dataset, batch_size=batch_size)) == []
+
+
+def test_examples():
+    results = doctest.testmod(config)
+    assert results.attempted and not results.failed
 
 
 @pytest.mark.parametrize(
