@@ -3,10 +3,11 @@
 import csv
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +20,6 @@ if TYPE_CHECKING:  # matplotlib is imported where a plot is drawn: one that is b
 
 FLAT_POINTS, NEAR_POINTS = 0.5, 2.5  # below dense: a curve is flat to there; the upper panel of a plot shows to there
 CHANCE, GUESSING = 10.0, 15.0  # accuracy in %: of a guess among ten classes; of a network that has learned something
-MANY_SEEDS = 8  # more are drawn as a band
 TEXT = 9.5  # points
 # Okabe and Ito's colors, told apart by every kind of color vision.
 COLORS = {"weight": "#0072B2", "unit": "#D55E00", "random_weight": "#56B4E9", "random_unit": "#E69F00"}
@@ -66,20 +66,18 @@ class Curve(NamedTuple):
 
 def curves(rows: Sequence[Row]) -> dict[str, Curve]:
     """Name → curve of every method, then those after fine-tuning; ValueError unless every seed has one row a k."""
-    found = {}
-    for column, suffix in (("accuracy_percent", ""), ("finetuned_percent", FINETUNED)):
-        for method in dict.fromkeys(row.method for row in rows):
-            own = {(row.k_percent, row.seed): row for row in rows if row.method == method}
-            ks, seeds = sorted({k for k, _ in own}), dict.fromkeys(seed for _, seed in own)
-            if method not in NAMES:
-                raise ValueError(f"unknown method {method!r}: expected {', '.join(NAMES)}")
-            if not len(ks) * len(seeds) == len(own) == [row.method for row in rows].count(method):
-                raise ValueError(f"{NAMES[method]}: expected one row for each k of each seed")
-            points = [[(getattr(own[k, seed], column), own[k, seed].weights_kept) for seed in seeds] for k in ks]
-            values, weights = np.moveaxis(np.array(points, float), 2, 0)  # (points, seeds); None is nan
+    plain, tuned = dict[str, Curve](), dict[str, Curve]()
+    for method in dict.fromkeys(row.method for row in rows):
+        own = sorted((row for row in rows if row.method == method), key=lambda row: (row.k_percent, row.seed or 0))
+        k, seeds = sorted({row.k_percent for row in own}), dict.fromkeys(row.seed for row in own)
+        if method not in NAMES or [(row.k_percent, row.seed) for row in own] != list(product(k, seeds)):
+            raise ValueError(f"{method}: expected one of {', '.join(NAMES)}, with one row for each k of each seed")
+        points = [(row.weights_kept, row.accuracy_percent, row.finetuned_percent) for row in own]  # None will be nan
+        weights, *both = np.array(points, float).T.reshape(3, len(k), len(seeds))
+        for found, name, values in zip((plain, tuned), (NAMES[method], NAMES[method] + FINETUNED), both, strict=True):
             if not np.isnan(values).any():
-                found[NAMES[method] + suffix] = Curve(method, np.array(ks), values.mean(axis=1), values, weights)
-    return found
+                found[name] = Curve(method, np.array(k), values.mean(axis=1), values, weights)
+    return plain | tuned
 
 
 def dense_accuracy(rows: Sequence[Row]) -> float:
@@ -114,16 +112,17 @@ def bend(curve: Curve, dense: float) -> float | None:
 
 def format_facts(rows: Sequence[Row]) -> str:
     """A line a curve: up to which k it is flat, and where it bends; in brackets the range over several seeds."""
-    seeds = {seed: [row for row in rows if row.seed == seed] for seed in dict.fromkeys(row.seed for row in rows)}
-    (found, dense), *alone = [(curves(group), dense_accuracy(group)) for group in (rows, *seeds.values())]
+    seeds = [[row for row in rows if row.seed == seed] for seed in dict.fromkeys(row.seed for row in rows)]
+    found = [(curves(group), dense_accuracy(group)) for group in (rows, *seeds)]
+    dense = dense_accuracy(rows)
     means = f"flat: no more than {FLAT_POINTS} points below" if dense >= GUESSING else "no better than a guess"
     lines = [f"dense: {dense:.2f} %; {means}"]
-    for name, curve in found.items():
+    for name in curves(rows):
         facts = []
         for find, verb, otherwise in ((flat_until, "flat up to", "nowhere flat"), (bend, "bends at", "")):
-            k, ks = find(curve, dense), sorted(find(own[name], own_dense) or 0 for own, own_dense in alone)
-            ends = dict.fromkeys(digits(end) if end else "none" for end in (ks[0], ks[-1]))
-            spread = f" [seeds: {' to '.join(ends)}]" if len(seeds) > 1 else ""
+            k, *ks = (find(own[name], own_dense) or 0 for own, own_dense in found)  # of the mean; of every seed
+            ends = dict.fromkeys(digits(end) if end else "none" for end in (min(ks), max(ks)))
+            spread = f" [seeds: {' to '.join(ends)}]" if len(ks) > 1 else ""
             facts.append(f"{verb} k = {digits(k)} %{spread}" if k else otherwise)
         lines.append(f"{name}: {'; '.join(filter(None, facts))}")
     return "\n".join(lines)
@@ -154,19 +153,24 @@ def write_csv(path: Path, rows: Sequence[Any]) -> None:
     text = io.StringIO()
     lines = [asdict(row) | {"k_percent": digits(row.k_percent)} for row in rows]
     table = [[f"{cell:.6g}" if isinstance(cell, float) else cell for cell in line.values()] for line in lines]
-    csv.writer(text, lineterminator="\n").writerows([[*lines[0]], *table])
+    csv.writer(text, lineterminator="\n").writerows([lines[0], *table])
     write_file(path, text.getvalue().encode())
 
 
 def read_csv(path: Path) -> list[Row]:
-    """The rows that `write_csv` wrote, to draw a figure once more; ValueError names a file that is not of rows."""
-    optional: list[Any] = [lambda cell, read=read: read(cell) if cell else None for read in (int, float)]
-    reads = (optional[0], str, str, float, float, int, float, optional[1])
+    """The rows that `write_csv` wrote; ValueError names a file that holds anything but whole, finite rows."""
     try:
-        header, *lines = csv.reader(io.StringIO(path.read_text(encoding="utf-8")))
-        if header != [column.name for column in fields(Row)]:
-            raise ValueError(f"its columns are {', '.join(header)}")
-        return [Row(*(read(cell) for read, cell in zip(reads, line, strict=True))) for line in lines]
+        header, *lines = csv.reader(io.StringIO(text := path.read_text(encoding="utf-8")))
+        if header != [column.name for column in fields(Row)] or not text.endswith("\n"):
+            raise ValueError("its first or last line is not as it should be")
+        rows = [
+            Row(int(seed) if seed else None, method, scope, float(k), float(achieved), int(kept), float(accuracy),
+                float(finetuned) if finetuned else None)
+            for seed, method, scope, k, achieved, kept, accuracy, finetuned in lines
+        ]  # fmt: skip
+        if any(isinstance(value, float) and not np.isfinite(value) for row in rows for value in astuple(row)):
+            raise ValueError("it has numbers that are not finite")
+        return rows
     except (ValueError, csv.Error) as error:
         raise ValueError(f"{path} is not a file of rows: {error}") from error
 
@@ -179,8 +183,8 @@ def save_figure(path: Path, figure: "Figure") -> None:
 
 
 def plot_accuracy_sparsity(rows: Sequence[Row], title: str) -> "Figure":
-    """Accuracy against k, close to dense and whole, with the ends of flat regions: means; seeds thin or as a band."""
-    figure, (near, whole) = _plot_accuracy(rows, title, lambda curve: curve.k[:, None])
+    """Accuracy against k, close to dense and whole, with the ends of flat regions; means bold, seeds thin."""
+    figure, near, whole = _plot_accuracy(rows, title, lambda curve: curve.k[:, None])
     figure.draw_without_rendering()  # lays it out: then the axis knows how many labels it has room for
     stretch_k_axis(whole, [row.k_percent for row in rows])  # the panels share it
     pruned = "each layer" if {row.scope for row in rows} == {"layer"} else "all layers together"
@@ -200,7 +204,7 @@ def plot_accuracy_weights(rows: Sequence[Row], title: str, published: Sequence[P
     """Accuracy against the weights that remain, with networks of others beside, such as `LENET_300_100`."""
     sizes = [row.weights_kept for row in rows] + [weights for _, weights, _ in published]
     none = 10 ** np.floor(np.log10(min(filter(None, sizes), default=1) / 2))  # a logarithmic axis has no place for 0
-    figure, (_, whole) = _plot_accuracy(rows, title, lambda curve: np.maximum(curve.weights, none), published)
+    figure, _, whole = _plot_accuracy(rows, title, lambda curve: np.maximum(curve.weights, none), published)
     log_axis(whole, "x")
     if 0 in sizes:
         whole.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value > 1.01 * none else "none")
@@ -210,39 +214,34 @@ def plot_accuracy_weights(rows: Sequence[Row], title: str, published: Sequence[P
 
 
 def _plot_accuracy(rows: Sequence[Row], title: str, x: Callable[[Curve], np.ndarray], published: Any = ()) -> Any:
-    """Every curve of the rows twice, close to dense and whole, at its x, (points, seeds or 1)."""
+    """Every curve at its x, (points, seeds or 1), in two panels: close to dense, and the whole range."""
     dense, found, seeds = dense_accuracy(rows), curves(rows), len({row.seed for row in rows})
-    many = "thin: each" if seeds <= MANY_SEEDS else "pale: lowest to highest"
-    notes = [f"bold: mean, {many} of {seeds} seeds"] if seeds > 1 else []
+    notes = [f"bold: mean, thin: each of {seeds} seeds"] if seeds > 1 else []
     notes += ["gray: others' LeNet-300-100, which starts from 266,200 weights, ours from 2,386,000"] * bool(published)
-    figure, panels = new_figure(2, 1, title, "; ".join(notes), sharex=True, height_ratios=(2, 3))
+    figure, (near, whole) = new_figure(2, 1, title, "; ".join(notes), sharex=True, height_ratios=(2, 3))
     highest = max(dense, *(curve.values.max() for curve in found.values()), *(accuracy for *_, accuracy in published))
-    panels[0].set(ylabel="close to dense: accuracy, %", ylim=(dense - NEAR_POINTS, highest + 0.25))
-    panels[1].set(ylabel="whole range: accuracy, %", ylim=(0, 104))
-    near = {f"dense {dense:.2f} %": dense, f"{FLAT_POINTS} points below": dense - FLAT_POINTS}
-    for panel, levels in zip(panels, (near, {"_dense": dense, f"chance {CHANCE:.0f} %": CHANCE}), strict=True):
+    near.set(ylabel="close to dense: accuracy, %", ylim=(dense - NEAR_POINTS, highest + 0.25))
+    whole.set(ylabel="whole range: accuracy, %", ylim=(0, 104))
+    close = {f"dense {dense:.2f} %": dense, f"{FLAT_POINTS} points below": dense - FLAT_POINTS}
+    for panel, levels in ((near, close), (whole, {"_dense": dense, f"chance {CHANCE:.0f} %": CHANCE})):
         for name, curve in found.items():
-            _draw(panel, name, curve, x(curve))
+            random, tuned = curve.method.startswith("random"), name.endswith(FINETUNED)
+            plain, dashed = (":", "-.") if random else ("-", "--")
+            line: dict[str, Any] = {"color": COLORS[curve.method], "linestyle": dashed if tuned else plain}
+            bold: dict[str, Any] = (
+                {"linewidth": 1.2, "markersize": 3.5} if random else {"linewidth": 2, "markersize": 5}
+            )
+            bold |= {"marker": MARKERS[curve.method], "markerfacecolor": "white" if tuned else "auto"}
+            panel.plot(x(curve).mean(axis=1), curve.mean, label=name, **line, **bold)
+            if seeds > 1:
+                panel.plot(x(curve), curve.values, linewidth=0.7, alpha=min(0.5, 4 / seeds), **line)
         for (name, weights, accuracy), marker in zip(published, "DPX*dph", strict=False):
-            panel.plot(weights, accuracy, marker, label=name if levels is near else None, color="0.4", markersize=6)
+            panel.plot(weights, accuracy, marker, label=name if panel is near else None, color="0.4", markersize=6)
         panel.axhspan(dense - FLAT_POINTS, dense, color="0.93", linewidth=0, zorder=0)
         for name, level in levels.items():
             panel.axhline(level, label=name, color="0.4", linewidth=0.6, zorder=0)
         label_ends(panel)
-    return figure, panels
-
-
-def _draw(axes: "Axes", name: str, curve: Curve, x: np.ndarray) -> None:
-    color, random, tuned = COLORS[curve.method], curve.method.startswith("random"), name.endswith(FINETUNED)
-    style: dict[str, Any] = {"color": color, "linestyle": (("-", "--"), (":", "-."))[random][tuned]}
-    dots: dict[str, Any] = {"marker": MARKERS[curve.method], "markerfacecolor": "white" if tuned else color}
-    size: dict[str, Any] = {"linewidth": 1.2, "markersize": 3.5} if random else {"linewidth": 2, "markersize": 5}
-    axes.plot(x.mean(axis=1), curve.mean, label=name, **style, **dots, **size)
-    if curve.values.shape[1] > MANY_SEEDS:
-        ends = curve.values.min(axis=1), curve.values.max(axis=1)
-        axes.fill_between(x.mean(axis=1), *ends, color=color, alpha=0.15, linewidth=0)
-    elif curve.values.shape[1] > 1:
-        axes.plot(x, curve.values, linewidth=0.7, alpha=0.5, **style)
+    return figure, near, whole
 
 
 def new_figure(rows: int, columns: int, title: str, note: str = "", **shared: Any) -> tuple["Figure", list["Axes"]]:
@@ -264,7 +263,7 @@ def stretch_k_axis(axes: "Axes", ks: Sequence[float]) -> None:
     """Scale a k axis, in %, by the logarithm of what is left; ticks too close for their labels are moved apart."""
     k = np.unique(ks)
     points = axes.bbox.width / axes.figure.dpi * 72
-    width = (6 * max(len(digits(value)) for value in k) + 4) / points  # of a label, part of the axis
+    width = (6 * max(map(len, map(digits, k))) + 4) / points  # of a label, part of the axis
     least = min(width, 1 / max(len(k) - 1, 1))  # between two points
     left = np.log(np.maximum(100 - k, 0.4 * min((100 - k)[k < 100], default=1)))  # that is where k = 100 is drawn
     gaps = -np.diff(left) / (left[0] - left[-1])  # (points - 1,), their sum is 1
@@ -272,36 +271,36 @@ def stretch_k_axis(axes: "Axes", ks: Sequence[float]) -> None:
     gaps = least + (1 - least * len(gaps)) * spare / (spare.sum() or 1)
     knots, at = [k[0] - 1, *k, k[-1] + 1], [-0.04, *np.cumsum([0, *gaps]), 1.04]
     axes.set_xscale("function", functions=(lambda x: np.interp(x, knots, at), lambda x: np.interp(x, at, knots)))
-    axes.set_xlim(knots[0], knots[-1])
     shown = k[:: -int(np.ceil(width / least))]  # counted from the right: the largest k has a label
     axes.set_xticks(k, [digits(value) if value in shown else "" for value in k])
+    axes.set_xlim(knots[0], knots[-1])
     axes.minorticks_off()
 
 
-def log_axis(axes: "Axes", which: Literal["x", "y"]) -> None:
-    """Make an axis logarithmic, with ticks that read 20, 50, 100, as they have room; call it after drawing."""
+def log_axis(axes: "Axes", which: str) -> None:
+    """Make an axis, "x" or "y", logarithmic, with ticks that read 20, 50, 100, as there is room; to be called last."""
     from matplotlib.ticker import LogLocator, MaxNLocator
 
     axes.set(**{f"{which}scale": "log"})
-    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis = getattr(axes, f"{which}axis")
     decades = np.ptp(np.log10(axis.get_view_interval()))
     subs = (1, 2, 5) if decades < 2.5 else (1, 3) if decades < 4 else (1,)
     axis.set_major_locator(LogLocator(subs=subs) if decades >= 1 else MaxNLocator(5))
-    axis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+    axis.set_major_formatter("{x:,.10g}")
     axes.minorticks_off()
 
 
 def label_ends(axes: "Axes") -> None:
     """Label the lines of a finished panel in the margin to its right, at the height of their ends, without overlap."""
     to_axes, lines = axes.transScale + axes.transLimits, list[Any](axes.get_lines())
-    ends = [(to_axes.transform((1, line.get_ydata()[-1]))[1], line) for line in lines if line.get_label()[0] != "_"]
-    ends = sorted((end for end in ends if 0 <= end[0] <= 1), key=lambda end: end[0])
-    heights = np.array([height for height, _ in ends])
+    ends = {line: to_axes.transform((1, line.get_ydata()[-1]))[1] for line in lines if line.get_label()[0] != "_"}
+    lines = sorted((line for line in ends if 0 <= ends[line] <= 1), key=lambda line: ends[line])
+    heights = np.array([ends[line] for line in lines])
     least = 13 / (axes.bbox.height / axes.figure.dpi * 72)  # between two lines of text
     for _ in range(300):
         push = np.maximum(least - np.diff(heights), 0) / 2
         heights = np.clip(heights - [*push, 0] + [0, *push], least / 2, 1 - least / 2)
-    for height, (_, line) in zip(heights, ends, strict=True):
+    for height, line in zip(heights, lines, strict=True):
         leader = {"arrowstyle": "-", "linestyle": ":", "color": line.get_color(), "relpos": (0, 0.5), "shrinkB": 4}
         place = (line.get_xydata()[-1], (1.025, height), line.get_transform(), "axes fraction")
         axes.annotate(line.get_label(), *place, color=line.get_color(), size=TEXT, va="center", arrowprops=leader)

@@ -87,9 +87,8 @@ def test_curves_hold_every_seed_and_the_mean():
     assert found["weights"].mean.tolist() == pytest.approx([97.1, 97.1, 97.1, 96.6, 94.1, 20.1])
     assert found["units"].values[1].tolist() == pytest.approx([96.5, 96.6, 96.7])
     assert found["units"].weights[1].tolist() == [1_193_000] * 3
-    shuffled = utils.curves(make_rows(seeds=3)[::-1])["weights"]
-    assert np.array_equal(shuffled.values[:, ::-1], found["weights"].values)
-    assert np.array_equal(shuffled.k, found["weights"].k)
+    turned = utils.curves(make_rows(seeds=3)[::-1])["weights"]
+    assert np.array_equal(turned.values, found["weights"].values) and np.array_equal(turned.k, found["weights"].k)
     tuned = utils.curves(make_rows(finetuned=True))
     assert list(tuned) == ["weights", "units", "weights, fine-tuned", "units, fine-tuned"]
     assert tuned["units, fine-tuned"].mean.tolist() == [96.9] * 6
@@ -98,9 +97,12 @@ def test_curves_hold_every_seed_and_the_mean():
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([replace(make_rows()[0], method="Weight")], "unknown method 'Weight'"),
-        (make_rows(seeds=2)[:-1], "units: expected one row for each k of each seed"),
-        ([*make_rows(), make_rows()[0]], "weights: expected one row for each k of each seed"),
+        (
+            [replace(make_rows()[0], method="Weight")],
+            "Weight: expected one of weight, unit, random_weight, random_unit",
+        ),
+        (make_rows(seeds=2)[:-1], "unit: .* one row for each k of each seed"),
+        ([*make_rows(), make_rows()[0]], "weight: .* one row for each k of each seed"),
     ],
 )
 def test_rows_that_make_no_curves_are_refused(rows, message):
@@ -265,6 +267,11 @@ HEADER = b"seed,method,scope,k_percent,achieved_percent,weights_kept,accuracy_pe
         b"a,b\n1,2\n",
         HEADER + b"0,weight,layer,0,0,9,98\n",
         HEADER + b"0,weight,layer,x,0,9,98,\n",
+        HEADER + b"0,weight,layer,0,0,9,,\n",
+        HEADER + b"0,weight,layer,0,0,9.5,98,\n",
+        HEADER + b"0,weight,layer,0,0,9,nan,\n",
+        HEADER + b"0,weight,layer,0,0,9,98,inf\n",
+        HEADER + b"0,weight,layer,0,0,9,98,97.5",  # without its end: was it 97.53?
         b"\xff\xfe\x00",
     ],
 )
@@ -307,7 +314,7 @@ def test_the_plot_over_k_shows_mean_seeds_facts_and_names():
         assert drawn(panel, "units, fine-tuned")[:, 1].tolist() == pytest.approx([96.9] * 6)
         plain = [line for line in thin_lines(panel, utils.COLORS["unit"]) if line[0, 1] != 96.9]
         assert sorted(line[3, 1] for line in plain) == pytest.approx([40, 40.1, 40.2])  # every seed
-        assert len(panel.patches) == 1 and not panel.collections  # the flat zone, and no band
+        assert len(panel.patches) == 1  # the flat zone
     words = {text.get_text(): to_hex(text.get_color()).upper() for text in near.texts}
     assert words["weights flat to 80 %\nfine-tuned: to 99 %"] == utils.COLORS["weight"]
     assert words["units flat to 50 %\nfine-tuned: to 99 %"] == utils.COLORS["unit"]
@@ -321,15 +328,14 @@ def test_the_plot_over_k_shows_mean_seeds_facts_and_names():
     assert_legible(figure)
 
 
-def test_many_seeds_are_a_band_from_the_lowest_to_the_highest():
-    rows = [replace(row, scope="global") for row in make_rows(9)]
+def test_many_seeds_are_paler():
+    rows = [replace(row, scope="global") for row in make_rows(30)]
     figure = utils.plot_accuracy_sparsity(rows, "a title")
     whole = figure.axes[1]
-    assert not thin_lines(whole, utils.COLORS["weight"]) and len(whole.collections) == 2
-    edge = whole.collections[0].get_paths()[0].vertices
-    assert edge[:, 1].min() == 20 and edge[:, 1].max() == pytest.approx(97.8)
+    assert len(thin_lines(whole, utils.COLORS["weight"])) == 30
+    assert {line.get_alpha() for line in whole.get_lines()} == {None, 4 / 30}
     assert "each layer" not in whole.get_xlabel() and "all layers together" in whole.get_xlabel()
-    assert "9 seeds" in figure.get_supxlabel()
+    assert "each of 30 seeds" in figure.get_supxlabel()
 
 
 def test_every_curve_differs_from_every_other_in_more_than_its_color():
