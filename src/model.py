@@ -13,7 +13,7 @@ SIZES = (784, 1000, 1000, 500, 200, 10)
 class NeuralNetwork(nn.Module):
     """Linear layers fc1 … fcN without biases, a ReLU between them and none on the logits.
 
-    `sizes` are the widths from the input to the logits: two or more whole numbers ≥ 1, else TypeError or ValueError.
+    `sizes` are the widths from the input to the logits: two or more whole numbers ≥ 1, else ValueError.
 
     >>> sum(weight.numel() for weight in NeuralNetwork().parameters())
     2386000
@@ -21,10 +21,8 @@ class NeuralNetwork(nn.Module):
 
     def __init__(self, sizes: Sequence[int] = SIZES) -> None:
         super().__init__()
-        if not all(isinstance(size, int) for size in sizes):
-            raise TypeError(f"sizes must be whole numbers, got {type(sizes).__name__} {sizes!r:.80}")
-        if len(sizes) < 2 or min(sizes) < 1:
-            raise ValueError(f"sizes must be two or more whole numbers >= 1, got {tuple(sizes)}")
+        if len(sizes) < 2 or not all(isinstance(size, int) and size >= 1 for size in sizes):
+            raise ValueError(f"sizes must be two or more whole numbers >= 1, got {sizes!r:.80}")
         for number, (fan_in, fan_out) in enumerate(pairwise(sizes), start=1):
             self.add_module(f"fc{number}", nn.Linear(fan_in, fan_out, bias=False))
 
@@ -55,11 +53,10 @@ class NeuralNetwork(nn.Module):
         """
         if not isinstance(state, Mapping):
             raise TypeError(f"state must be a dict of weights by name, got {type(state).__name__}")
-        names, sizes = [f"fc{number}.weight" for number in range(1, len(state) + 1)], list[int]()
+        names = [f"fc{number}.weight" for number in range(1, len(state) + 1)]
         if not state or set(state) != set(names):
             raise ValueError(f"not a NeuralNetwork: expected fc1.weight, fc2.weight, ..., got {[*state]!s:.100}")
-        for name in names:
-            weight = state[name]
+        for name, weight in state.items():
             dense = isinstance(weight, Tensor) and weight.layout is torch.strided and not weight.is_meta
             if not dense or not weight.is_floating_point() or weight.dim() != 2:
                 raise ValueError(f"{name} must be a floating-point matrix (out, in), and dense")
@@ -67,9 +64,9 @@ class NeuralNetwork(nn.Module):
                 raise ValueError(f"{name} repeats few values many times: expand() is not for files")
             if not weight.isfinite().all():
                 raise ValueError(f"{name} has NaN or infinite weights")
-            if sizes and weight.shape[1] != sizes[-1]:
-                raise ValueError(f"{name} takes {weight.shape[1]} inputs, but the layer before has {sizes[-1]} units")
-            sizes += weight.shape[:1] if sizes else weight.shape[::-1]
-        model = cls(sizes).to(state[names[0]].dtype)
+        weights = [state[name] for name in names]
+        if any(len(earlier) != later.shape[1] for earlier, later in pairwise(weights)):
+            raise ValueError(f"its layers do not fit together: (out, in) {[tuple(weight.shape) for weight in weights]}")
+        model = cls((weights[0].shape[1], *map(len, weights))).to(weights[0].dtype)
         model.load_state_dict(dict(state))
         return model
