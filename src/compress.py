@@ -12,7 +12,6 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Collection
-from contextlib import suppress
 from functools import partial
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -245,31 +244,23 @@ def _forward_chain(chain: list[Any], features: Tensor) -> Tensor:
     return features
 
 
-def save_compressed(model_or_state_dict: Weights, path: str | Path, info: dict[str, Any] | None = None) -> None:
-    """Save weights in as few bytes as their zeros allow, every bit kept: gzip of torch.save, whole or not at all.
+def save_compressed(
+    model_or_state_dict: Weights, path: str | Path | IO[bytes], info: dict[str, Any] | None = None
+) -> None:
+    """Save weights in as few bytes as their zeros allow, every bit kept: gzip of torch.save.
 
-    `info` are plain values (str, int, float, list, dict, …) to keep with them, such as {"accuracy": 0.98}. The folder
-    of `path` must exist. A symbolic link stays, its target is replaced.
+    `path` is of a file to write, in a folder that exists, or a binary file object. `info` are plain values (str, int,
+    float, list, dict, …) to keep with the weights, such as {"accuracy": 0.98}.
 
     Raises:
-        ValueError: what is no model or state_dict, or does not hold plain data.
-        OSError: the file cannot be written, or what stands there is no regular file.
+        ValueError: what is no model or state_dict, or does not hold plain data; then nothing is written.
+        OSError: the file cannot be written.
     """
-    packed, target = _pack(model_or_state_dict, info), Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise FileExistsError(f"{path} is no regular file, so it is not replaced")
-    temporary = target.with_name(f".{os.urandom(8).hex()}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(packed)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except OSError as error:  # which names a file that people do not know
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        with suppress(OSError):  # it is gone where all went well
-            temporary.unlink()
+    packed = _pack(model_or_state_dict, info)
+    if isinstance(path, str | Path):
+        Path(path).write_bytes(packed)
+    else:
+        path.write(packed)
 
 
 def stored_bytes(model_or_state_dict: Weights) -> int:
