@@ -1,27 +1,26 @@
-"""What concerns the operating system: files, messages, signals, the machine, several processes.
+"""What concerns the operating system: files, messages, signals, the machine.
 
 torch is imported inside the functions that need it: train.py uses the others before that slow import.
 """
 
 import contextlib
 import errno
+import io
 import os
 import platform
-import re
 import signal
 import sys
 import timeit
 import warnings
-from collections.abc import Callable, Iterator
-from datetime import timedelta
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     import torch
 
 STOPPED = "train.py: stopped; with --seeds, the same command goes on after the last whole seed"
-MEETING = 25.0  # seconds in which all ranks must have started; torch waits twice
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -48,30 +47,15 @@ def write_file(path: Path, data: bytes) -> None:
             temporary.unlink()
 
 
-def check_folder(folder: Path) -> None:
-    """Make a folder; raise an OSError unless a file can be created, renamed and removed there."""
-    probe = folder / f".{os.urandom(8).hex()}.tmp"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_file(probe, b"")
-    probe.unlink()
-
-
 def say(text: str, stream: str = "stdout") -> None:
     """Print a line at once. A stream that is closed, full or gone never ends a run, whose files matter more."""
-    file = getattr(sys, stream)  # None where it was closed before Python started
-    encoding = getattr(file, "encoding", None) or "utf-8"
     try:
-        if file:
-            print(text.encode(encoding, "replace").decode(encoding), file=file, flush=True)
+        print(text, file=getattr(sys, stream), flush=True)
     except (OSError, ValueError):
-        with contextlib.suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:
-            if file.fileno() in (1, 2):  # what it still holds would fail again at exit, with status 120
-                os.dup2(nowhere.fileno(), file.fileno())
+        setattr(sys, stream, io.StringIO())
 
 
-def warn(text: str) -> None:
-    """Print a line to stderr, as `say` does to stdout."""
-    say(text, "stderr")
+warn = partial(say, stream="stderr")
 
 
 def one_line(error: object) -> str:
@@ -80,27 +64,27 @@ def one_line(error: object) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
 
 
-def stop_on_signals() -> None:
-    """End at the first SIGINT or SIGTERM with a line on stderr and status 130 or 143, at a second one at once."""
+def begin_program() -> None:
+    """Let a program end at SIGINT or SIGTERM with a line and status 130 or 143, and print whatever its streams are."""
 
     def stop(number: int, frame: object) -> NoReturn:
-        _on_signals(signal.SIG_DFL)
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr is gone, closed or None
+        with contextlib.suppress(OSError, ValueError):  # stderr is gone
             os.write(sys.stderr.fileno(), f"\n{STOPPED}\n".encode())  # print may be in the midst of a write
         sys.exit(128 + number)  # the program cleans up
 
-    _on_signals(stop)
-
-
-def _on_signals(handler: Any) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:  # the parent's choice
-            signal.signal(number, handler)
+            signal.signal(number, stop)
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # it was closed
+            setattr(sys, stream, io.StringIO())
+        else:
+            getattr(sys, stream).reconfigure(errors="replace")
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(message)}\n"
 
 
 def exit_status(main: Callable[[], int]) -> int:
     """Run `main` for people: what they can mend is told in one line on stderr, with exit status 1."""
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(message)}\n"
     try:
         return main()
     except (OSError, ImportError, ValueError, ArithmeticError, MemoryError) as error:
@@ -109,8 +93,7 @@ def exit_status(main: Callable[[], int]) -> int:
         if "memory" not in str(error):
             raise
         message = "out of memory: try a smaller --batch-size, or --device cpu"
-    rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-    warn(f"train.py: error: {rank}{message}")
+    warn(f"train.py: error: {message}")
     return 1
 
 
@@ -146,53 +129,19 @@ def describe_machine(device: "torch.device") -> dict[str, str | int]:
     import numpy
     import torch
 
-    hardware = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):  # Linux has a file instead
-        if model := re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(errors="replace")):
-            hardware = model[1]
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
+    instructions = f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}"
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else instructions
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}
     return {**versions, "hardware": hardware, "threads": torch.get_num_threads()}
 
 
-def join_ranks() -> tuple[int, int]:
-    """Meet the other processes of torchrun, if it started this one; return the rank and how many there are.
+def rank_and_count() -> tuple[int, int]:
+    """This process' rank among those that torchrun started, and how many there are; 0 of 1 without torchrun.
 
-    Raises:
-        ValueError: not all of torchrun's variables are set.
-        ConnectionError: the others did not come in time.
+    Raises: ValueError: not all of torchrun's variables are set.
     """
-    if int(os.environ.get("WORLD_SIZE") or 1) <= 1:
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
         return 0, 1
-    from torch import distributed
-
-    with _waiting("not all ranks have started"):
-        distributed.init_process_group("gloo", timeout=timedelta(seconds=MEETING))
-    return distributed.get_rank(), distributed.get_world_size()
-
-
-def gather(rows: list[Any], ranks: int) -> list[Any] | None:
-    """Collect the rows of all ranks on rank 0; None on the others. ConnectionError where a rank ended before."""
-    if ranks == 1:
-        return rows
-    from torch import distributed
-
-    gathered: list[Any] = [[]] * ranks
-    with _waiting("a rank ended before the others"):
-        distributed.monitored_barrier(timeout=timedelta(days=7))  # they may come hours apart
-        distributed.gather_object(rows, gathered if distributed.get_rank() == 0 else None)
-        distributed.destroy_process_group()
-    return [row for rows in gathered for row in rows] or None
-
-
-@contextlib.contextmanager
-def _waiting(fault: str) -> Iterator[None]:
-    """Let a signal end the process at once, as torch waits in C++, where Python's handlers do not run."""
-    _on_signals(signal.SIG_DFL)
-    try:
-        yield
-    except RuntimeError as error:
-        raise ConnectionError(f"{fault}: {str(error).splitlines()[0]}") from None
-    finally:
-        stop_on_signals()
+    if not os.environ.get("RANK"):
+        raise ValueError("WORLD_SIZE is set, but not RANK: start several ranks with torchrun, or unset it")
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

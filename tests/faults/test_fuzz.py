@@ -136,7 +136,7 @@ def gradually(model: Any, method: Any, sparsity: Any, steps: Any, **choice: Any)
 LEFT_OUT = {  # made by the others, and checking nothing; what is for axes of our own; what ends or silences a process
     *(prune.SweepPoint, compress.SparseLinear, data.Dataset, data.DataError, utils.Row, utils.Curve, utils.Published),
     *(CostRow, utils.new_figure, utils.stretch_k_axis, utils.log_axis, utils.label_ends),
-    *(system.say, system.warn, system.stop_on_signals, system.exit_status, system.join_ranks, system.gather),
+    *(system.say, system.begin_program, system.exit_status),
 }
 METHODS = {train_epoch: Engine.train_epoch, evaluate: Engine.evaluate, loss: Engine.loss,
            masks_of_steps: prune.find_masks, gradually: prune.find_masks}  # fmt: skip
