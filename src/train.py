@@ -158,7 +158,9 @@ def sweep(model: nn.Module, method: str, dataset: Dataset, config: Config, seed:
         rows.append(Row(origin, method, config.scope, k, 100 * point.achieved, kept, accuracy, finetuned))
         if (method, k) in config.keep and seed == config.seed:
             buffer, path = io.BytesIO(), output(config, f"{method}_{k:.15g}.bin")
-            compress.save_compressed(network, buffer, {**asdict(rows[-1]), **describe(config)})
+            info = {"method": method, "k_percent": k, "weights_kept": kept}
+            info["accuracy_percent"] = accuracy if finetuned is None else finetuned
+            compress.save_compressed(network, buffer, {**info, **describe(config)})
             system.write_file(path, buffer.getvalue())
             say(f"wrote {path}")
     return rows
@@ -207,8 +209,11 @@ def write_rows(rows: Sequence[Any], path: Path, others: Sequence[Any] = ()) -> N
     try:
         utils.write_csv(path, rows)
     except OSError as error:
-        rescued = Path(tempfile.mkdtemp()) / "rows.csv"
-        utils.write_csv(rescued, [*others, *rows])
+        try:
+            rescued = Path(tempfile.mkdtemp()) / "rows.csv"
+            utils.write_csv(rescued, [*others, *rows])
+        except OSError:
+            raise error from None
         raise OSError(f"{error}; the rows are in {rescued}") from error
 
 
@@ -266,7 +271,7 @@ def check_outputs(config: Config) -> None:
         system.write_file(probe, b"")
         probe.unlink()
     for path in result_files(config):
-        if not path.is_file():
+        if path.exists() and not path.is_file():
             raise FileExistsError(f"{path} is in the way: a folder or device, not a file")
     kept = [output(config, f"{method}_{k:.15g}.bin").resolve() for method, k in config.keep]
     if config.model is not None and config.model.resolve() in kept:
@@ -321,6 +326,7 @@ def load_model(path: Path, device: torch.device) -> nn.Module:
         warnings.warn(f"{about} does not describe {path}: one of them was damaged, or is of another run", stacklevel=2)
     try:
         model = NeuralNetwork.from_state_dict(state).float()
+        NeuralNetwork.from_state_dict(model.state_dict())  # finite in float32, too
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if (model.sizes[0], model.sizes[-1]) != (784, 10):

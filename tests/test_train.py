@@ -530,7 +530,9 @@ def test_two_ranks_write_what_one_process_writes(tmp_path):
 
 def test_titles_name_the_flags_that_are_not_as_by_default():
     digits = load("digits", ROOT / "inputs")
-    config = parse_config(["--epochs", "1", "--skip", "fc1", "fc2", "--finetune-epochs", "1", "--batch-size", "64"])
+    config = parse_config(
+        ["--dataset", "digits", "--epochs", "1", "--skip", "fc1", "fc2", "--finetune-epochs", "1", "--batch-size", "64"]
+    )
     first, second = train.title(digits, config).splitlines()
     assert first == "digits, 360 test images; 784-1000-1000-500-200-10, 1 epoch, seed 0"
     assert second == "finetune epochs 1, skip fc1 fc2"

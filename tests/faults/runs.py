@@ -101,11 +101,13 @@ class Run:
 def _run(flags: list[str], log: Path, faults: tuple[Callable[[], object], ...]) -> None:
     for descriptor, kind in ((1, "output"), (2, "errors")):
         os.dup2(os.open(f"{log}.{kind}", os.O_WRONLY | os.O_CREAT), descriptor)
-    sys.stdout = os.fdopen(1, "w", encoding="utf-8")
-    sys.stderr = os.fdopen(2, "w", encoding="utf-8", buffering=1)
     tqdm.set_lock(threading.RLock())  # its own lock is shared between processes, and outlives one that is killed
     for fault in faults:
         fault()
+    if sys.stdout is not None:
+        sys.stdout = os.fdopen(1, "w", encoding="utf-8")
+    if sys.stderr is not None:
+        sys.stderr = os.fdopen(2, "w", encoding="utf-8", buffering=1)
     sys.argv = ["train.py", *flags]
     try:
         runpy.run_path(str(ROOT / "src" / "train.py"), run_name="__main__")

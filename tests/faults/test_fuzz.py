@@ -173,6 +173,7 @@ THEIRS = {  # what torch says to a batch that does not fit the model, the system
     **{function: {"RuntimeError", "IndexError", "AttributeError"} for function in TORCHS},
     **{function: {"RuntimeError", "IndexError", "AttributeError", "OSError"} for function in SMALL},
     train_epoch: {"KeyError"},  # masks of another model
+    compress.save_compressed: {"AttributeError", "OSError"},  # what is neither a path nor a file
 }
 DOCUMENTED = {
     function: {"TypeError", "ValueError"}

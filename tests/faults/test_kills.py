@@ -58,7 +58,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def finished_seeds(folder: Path) -> int:
     """Seeds whose rows are on disk, each whole."""
     paths = list((folder / "p").glob("digits_accuracy_sparsity_seed_*.unfinished"))
-    assert all(len(utils.read_csv(path)) == 4 for path in paths)
+    assert all(len(utils.read_csv(path)) == 6 for path in paths)
     return len(paths)
 
 

@@ -252,7 +252,7 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_any_training():
 
 
 LARGEST = {  # file in bytes → what is written after all, and what is named
-    50_000: (0, "m/digits_model.bin"), 50: (0, CSV), 800: (1, "p/digits_accuracy_sparsity"),
+    50_000: (0, "m/digits_model.bin"), 50: (0, "p/digits_accuracy_sparsity_seed_0"), 800: (1, "p/digits_accuracy_sparsity"),
 }  # fmt: skip
 
 
@@ -288,7 +288,7 @@ def test_plots_that_need_latex_cost_no_rows_and_end_in_a_line_each(tmp_path):
     assert run.end() == 1
     assert len(read_rows(tmp_path / "run" / CSV)) == 4
     for line in run.errors.splitlines():
-        assert re.match(r"train.py: error: cannot draw .*p/digits_accuracy_\w+: .*latex", line)
+        assert re.match(r"train.py: error: cannot draw .*p/digits_accuracy_\w+.png: .*latex", line)
     assert len(run.errors.splitlines()) == 2
 
 
