@@ -133,15 +133,3 @@ def describe_machine(device: "torch.device") -> dict[str, str | int]:
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else instructions
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}
     return {**versions, "hardware": hardware, "threads": torch.get_num_threads()}
-
-
-def rank_and_count() -> tuple[int, int]:
-    """This process' rank among those that torchrun started, and how many there are; 0 of 1 without torchrun.
-
-    Raises: ValueError: not all of torchrun's variables are set.
-    """
-    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
-        return 0, 1
-    if not os.environ.get("RANK"):
-        raise ValueError("WORLD_SIZE is set, but not RANK: start several ranks with torchrun, or unset it")
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         OSError, ValueError, FloatingPointError: the job cannot be done.
     """
     config = parse_config(argv)
-    rank, ranks = system.rank_and_count()
+    rank, ranks = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)  # of torchrun
     if rank:  # rank 0 alone speaks
         sys.stdout = io.StringIO()
     device = system.pick_device(config.device)
@@ -71,12 +71,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             if config.model is None:
                 train(model, dataset, config, seed)
             done = [row for method in config.methods for row in sweep(model, method, dataset, config, seed)]
-            write_rows(done, progress_path(config, seed), others=rows)
+            if config.seeds > 1:
+                write_rows(done, progress_path(config, seed), others=rows)
             first = first or model
         rows += done
     if rank:  # rank 0 alone reports
         return 0
-    for seed in sorted(set(seeds) - set(seeds[::ranks])):  # of the other ranks
+    for seed in sorted(set(seeds) - set(seeds[::ranks])):
+        say(f"waiting for seed {seed} of another rank")
         while not (done := finished_rows(config, seed)):
             time.sleep(1)
         rows += done
@@ -178,8 +180,8 @@ def report(rows: list[Row], model: nn.Module | None, dataset: Dataset, config: C
     """Table, facts, CSV and plots of all seeds, and the costs of the first network; returns the exit status."""
     rows = sorted(rows, key=lambda row: row.seed or 0)  # ranks and stopped runs bring them in other orders
     say(f"{utils.format_table(rows)}\n{utils.format_facts(rows)}")
-    write_rows(rows, table := output(config, "accuracy_sparsity.csv"))
-    say(f"wrote {table}")
+    write_rows(rows, path := output(config, "accuracy_sparsity.csv"))
+    say(f"wrote {path}")
     text = title(dataset, config)
     published = utils.LENET_300_100 if config.finetune_epochs and dataset.name == "mnist" else ()  # retrained as well
     plots: dict[str, Callable[[], Any]] = {
@@ -308,12 +310,8 @@ def save_model(model: nn.Module, config: Config, accuracy: dict[str, float]) -> 
     buffer, path = io.BytesIO(), output(config, "model.bin")
     torch.save({name: weight.cpu() for name, weight in model.state_dict().items()}, buffer)
     system.write_file(path, buffer.getvalue())
-    facts = {
-        "sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
-        "seed": config.seed,
-        "accuracy": accuracy,
-        **describe(config),
-    }
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+    facts = {"sha256": digest, "seed": config.seed, "accuracy": accuracy, **describe(config)}
     system.write_file(path.with_suffix(".json"), f"{json.dumps(facts, indent=2)}\n".encode())
     say(f"wrote {path}")
 
@@ -345,8 +343,8 @@ def progress_path(config: Config, seed: int | str) -> Path:
 
 def finished_rows(config: Config, seed: int) -> list[Row]:
     """The rows of a seed that another rank or a stopped run has written, none if there are none."""
-    path = progress_path(config, seed)
-    if not path.exists() or (seed == config.seed and (config.keep or config.costs)):  # its network is needed as well
+    path, first = progress_path(config, seed), seed == config.seed
+    if config.seeds == 1 or not path.exists() or (first and (config.keep or config.costs)):  # which take its network
         return []
     try:
         rows = utils.read_csv(path)

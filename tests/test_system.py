@@ -342,20 +342,5 @@ def test_the_machine_is_described_in_plain_values():
     assert machine["hardware"] and machine["torch"] == torch.__version__
 
 
-# ── ranks ──
-
-
-def test_ranks_are_those_of_torchrun(monkeypatch):
-    for ranks in (None, "", "1"):
-        for name, value in (("RANK", None), ("WORLD_SIZE", ranks)):
-            monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
-        assert system.rank_and_count() == (0, 1)
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ValueError, match="WORLD_SIZE is set, but not RANK"):
-        system.rank_and_count()
-    monkeypatch.setenv("RANK", "2")
-    assert system.rank_and_count() == (2, 3)
-
-
 def test_examples():
     assert doctest.testmod(system).failed == 0

@@ -212,12 +212,16 @@ def test_two_runs_at_once_both_end_well(tmp_path):
         train.load_model(tmp_path / "run/m/digits_model.bin", torch.device("cpu"))
 
 
-def test_a_rank_without_its_companions_is_told_at_once(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("RANK", raising=False)
-    assert main(tmp_path) == 1
-    assert "WORLD_SIZE is set, but not RANK" in one_line(capsys)
-    assert not list(tmp_path.iterdir())
+def be_one_of_two() -> None:
+    os.environ["WORLD_SIZE"] = "2"  # without torchrun, and without RANK
+
+
+def test_a_rank_that_stays_alone_says_what_it_waits_for_until_it_is_stopped(tmp_path):
+    assert Run(tmp_path / "alone", faults=(be_one_of_two,)).end() == 0
+    run = Run(tmp_path / "run", "--seeds", "2", faults=(be_one_of_two,))
+    assert run.prints("waiting for seed 1 of another rank")
+    run.signal(signal.SIGINT)
+    assert run.end() == 130
 
 
 # ── folders and disks ──
@@ -252,7 +256,7 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_any_training():
 
 
 LARGEST = {  # file in bytes → what is written after all, and what is named
-    50_000: (0, "m/digits_model.bin"), 50: (0, "p/digits_accuracy_sparsity_seed_0"), 800: (1, "p/digits_accuracy_sparsity"),
+    50_000: (0, "m/digits_model.bin"), 50: (0, CSV), 800: (1, "p/digits_accuracy_sparsity"),
 }  # fmt: skip
 
 
