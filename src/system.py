@@ -8,6 +8,7 @@ import errno
 import io
 import os
 import platform
+import re
 import signal
 import sys
 import timeit
@@ -129,7 +130,9 @@ def describe_machine(device: "torch.device") -> dict[str, str | int]:
     import numpy
     import torch
 
-    instructions = f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}"
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else instructions
+    linux = Path("/proc/cpuinfo")
+    found = re.search("model name\t: (.*)", linux.read_text(errors="replace")) if linux.exists() else None
+    processor = found[1] if found else platform.processor() or platform.machine()
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else processor
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}
     return {**versions, "hardware": hardware, "threads": torch.get_num_threads()}
