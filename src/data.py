@@ -53,19 +53,19 @@ def load(dataset: str, inputs: Path, *, holdout: bool = False, device: torch.dev
     >>> load("digits", Path("inputs")).train_images.shape
     torch.Size([1437, 784])
     """
-    if dataset not in ("auto", "mnist", "digits"):
+    if dataset == "auto":
+        try:
+            return load("mnist", inputs, holdout=holdout, device=device)
+        except DataError as error:
+            return replace(load("digits", inputs, holdout=holdout, device=device), fallback_reason=str(error))
+    if dataset not in ("mnist", "digits"):
         raise ValueError(f"dataset must be auto, mnist or digits, got {dataset!r}")
     raw, faults = Path(inputs) / "MNIST" / "raw", list[str]()  # shared: a mirror that failed is not asked again
-    try:
-        tensors = _read_digits() if dataset == "digits" else [_read_mnist(raw / name, faults) for name in MNIST_FILES]
-    except DataError as error:
-        if dataset != "auto":
-            raise
-        return replace(load("digits", inputs, holdout=holdout, device=device), fallback_reason=str(error))
+    tensors = _read_digits() if dataset == "digits" else [_read_mnist(raw / name, faults) for name in MNIST_FILES]
     if holdout:
         kept = len(tensors[1]) - len(tensors[1]) // 6
         tensors = [*(tensor[:kept] for tensor in tensors[:2]), *(tensor[kept:] for tensor in tensors[:2])]
-    return Dataset("digits" if dataset == "digits" else "mnist", *(tensor.to(device) for tensor in tensors))
+    return Dataset(dataset, *(tensor.to(device) for tensor in tensors))
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,10 +82,9 @@ class Batches:
     generator: torch.Generator | None = None  # on the CPU: shuffles every epoch, alike on all devices
 
     def __post_init__(self) -> None:
-        """Raise TypeError or ValueError for a wrong batch size, ValueError for lengths that differ."""
+        """Raise ValueError for a wrong batch size, or for lengths that differ."""
         if not isinstance(self.batch_size, int) or self.batch_size < 1:
-            kind = ValueError if isinstance(self.batch_size, int) else TypeError
-            raise kind(f"batch_size must be a whole number >= 1, got {self.batch_size!r}")
+            raise ValueError(f"batch_size must be a whole number >= 1, got {self.batch_size!r}")
         if len(self.images) != len(self.labels):
             raise ValueError(f"got {len(self.images)} images, but {len(self.labels)} labels")
 
@@ -141,11 +140,11 @@ def _sources(path: Path, faults: list[str]) -> Iterator[Path | str]:
     yield from (path, packed := path.with_name(f"{path.name}.gz"))
     try:
         from torchvision.datasets import MNIST
+
+        yield from (f"{url}{packed.name}" for url in MNIST.mirrors if not any(url in fault for fault in faults))
     except Exception as error:  # beside the wrong torch: RuntimeError, OSError, AttributeError, …
         fault = f"torchvision is missing or does not match torch {torch.__version__} ({one_line(error)})"
         faults.append(f"{fault}: install the two together, pip install --force-reinstall -r requirements.txt")
-    else:
-        yield from (f"{url}{packed.name}" for url in MNIST.mirrors if not any(url in fault for fault in faults))
 
 
 def _read(source: Path | str, size: int, packed_size: int, md5: str) -> bytes:
