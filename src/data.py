@@ -21,6 +21,7 @@ MNIST_FILES = {  # bytes unpacked and as .gz; MD5 of the unpacked ones
     "t10k-images-idx3-ubyte": (7_840_016, 1_648_877, "2646ac647ad5339dbf082846283269ea"),
     "t10k-labels-idx1-ubyte": (10_008, 4_542, "27ae3e4e09519cfbb04c329615203637"),
 }
+MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/")  # torchvision's
 DIGITS_FILE = Path(__file__).resolve().parents[1] / "inputs" / "digits.npz"  # wherever --inputs points
 TIMEOUT = 8.0  # seconds; two silent mirrors and a run on digits fit into half a minute
 SLOWEST = 30_000  # bytes a second on average; a mirror that sends less counts as silent
@@ -116,13 +117,17 @@ def _read_digits() -> list[Tensor]:
 
 def _read_mnist(path: Path, faults: list[str]) -> Tensor:
     """Images (N, 784) or labels (N,) of one file, which is kept at `path`, from the first source without a fault."""
-    for source in _sources(path, faults):
+    packed = path.with_name(f"{path.name}.gz")
+    mirrors = [url for url in MIRRORS if not any(url in fault for fault in faults)]
+    sources: list[Path | str] = [path, packed, *(url + packed.name for url in mirrors)]
+    for source in sources:
         try:
             data = _read(source, *MNIST_FILES[path.name])
+        except FileNotFoundError:
+            continue
         except Exception as error:  # gzip alone has four kinds for wrong bytes, and a mirror fails in many ways
-            if not isinstance(error, FileNotFoundError):
-                faults.append(f"{source}: {one_line(error)}")
-                warn(f"Not used: {faults[-1]}")
+            faults.append(f"{source}: {one_line(error)}")
+            warn(f"Not used: {faults[-1]}")
             continue
         if source != path:
             try:
@@ -133,18 +138,6 @@ def _read_mnist(path: Path, faults: list[str]) -> Tensor:
         return values[16:].view(-1, 784).float().div_(255) if "images" in path.name else values[8:].long()
     cure = f"Put the four .gz files of MNIST into {path.parent}, or choose --dataset digits"
     raise DataError(f"MNIST's {path.name} is not available: {'; '.join(faults)}. {cure}")
-
-
-def _sources(path: Path, faults: list[str]) -> Iterator[Path | str]:
-    """The unpacked file; its .gz; the address of that at each mirror that has not failed yet."""
-    yield from (path, packed := path.with_name(f"{path.name}.gz"))
-    try:
-        from torchvision.datasets import MNIST
-
-        yield from (f"{url}{packed.name}" for url in MNIST.mirrors if not any(url in fault for fault in faults))
-    except Exception as error:  # beside the wrong torch: RuntimeError, OSError, AttributeError, …
-        fault = f"torchvision is missing or does not match torch {torch.__version__} ({one_line(error)})"
-        faults.append(f"{fault}: install the two together, pip install --force-reinstall -r requirements.txt")
 
 
 def _read(source: Path | str, size: int, packed_size: int, md5: str) -> bytes:

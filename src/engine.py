@@ -43,7 +43,8 @@ class Engine:
     def __post_init__(self) -> None:
         """Check the settings."""
         if not isinstance(self.model, nn.Module) or not isinstance(self.precision, torch.dtype):
-            raise TypeError(f"expected a torch.nn.Module and a torch.dtype, got {self.model!r:.80}, {self.precision!r}")
+            given = f"{type(self.model).__name__} and {self.precision!r}"
+            raise TypeError(f"expected a torch.nn.Module and a torch.dtype, such as torch.bfloat16, got {given}")
         if not (0 <= self.label_smoothing <= 1 and self.unit_lasso >= 0):
             given = f"{self.label_smoothing} and {self.unit_lasso}"
             raise ValueError(f"label_smoothing must be in [0, 1] and unit_lasso >= 0, got {given}")
