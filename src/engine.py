@@ -94,13 +94,15 @@ class Engine:
             masks = next(self._masks) or {}
         except StopIteration:
             raise ValueError("fewer masks than steps: itertools.repeat(masks) holds the same ones throughout") from None
-        dense, pruned = dict(self.model.named_parameters()), dict[str, Tensor]()
+        weights, pruned = dict(self.model.named_parameters()), dict[str, Tensor]()
         for name, mask in masks.items():
-            if name not in dense or not isinstance(mask, Tensor) or mask.shape != dense[name].shape:
+            if name not in weights or not isinstance(mask, Tensor) or mask.shape != weights[name].shape:
                 raise ValueError(f"the masks are not of this model, which has no {name} of such a shape")
-            pruned[name] = dense[name] * mask.to(dense[name].device)
+            weight = weights[name]
             if self.straight_through:  # the same values, but no mask on their gradient
-                pruned[name] = dense[name] + (pruned[name] - dense[name]).detach()
+                pruned[name] = weight - weight.detach() * ~mask.to(weight.device)
+            else:
+                pruned[name] = weight * mask.to(weight)  # as numbers, which are faster in the backward pass
         return torch.func.functional_call(self.model, pruned, (images,)) if pruned else self.model(images)
 
     @torch.no_grad()
