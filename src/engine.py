@@ -96,13 +96,13 @@ class Engine:
             raise ValueError("fewer masks than steps: itertools.repeat(masks) holds the same ones throughout") from None
         weights, pruned = dict(self.model.named_parameters()), dict[str, Tensor]()
         for name, mask in masks.items():
-            if name not in weights or not isinstance(mask, Tensor) or mask.shape != weights[name].shape:
+            weight = weights.get(name)
+            if weight is None or not isinstance(mask, Tensor) or mask.shape != weight.shape:
                 raise ValueError(f"the masks are not of this model, which has no {name} of such a shape")
-            weight = weights[name]
-            if self.straight_through:  # the same values, but no mask on their gradient
+            if self.straight_through:  # the same values, with the whole gradient
                 pruned[name] = weight - weight.detach() * ~mask.to(weight.device)
             else:
-                pruned[name] = weight * mask.to(weight)  # as numbers, which are faster in the backward pass
+                pruned[name] = weight * mask.to(weight)  # as numbers: the backward pass is faster
         return torch.func.functional_call(self.model, pruned, (images,)) if pruned else self.model(images)
 
     @torch.no_grad()
