@@ -162,14 +162,14 @@ def read_csv(path: Path) -> list[Row]:
     try:
         header, *lines = csv.reader(io.StringIO(text := path.read_text(encoding="utf-8")))
         if header != [column.name for column in fields(Row)] or not text.endswith("\n"):
-            raise ValueError("its first or last line is not as it should be")
+            raise ValueError("other columns, or a last line without its end")
         rows = [
             Row(int(seed) if seed else None, method, scope, float(k), float(achieved), int(kept), float(accuracy),
                 float(finetuned) if finetuned else None)
             for seed, method, scope, k, achieved, kept, accuracy, finetuned in lines
         ]  # fmt: skip
         if any(isinstance(value, float) and not np.isfinite(value) for row in rows for value in astuple(row)):
-            raise ValueError("it has numbers that are not finite")
+            raise ValueError("a number that is not finite")
         return rows
     except (ValueError, csv.Error) as error:
         raise ValueError(f"{path} is not a file of rows: {error}") from error
