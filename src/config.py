@@ -62,10 +62,10 @@ class Config:
     seed: int = _flag("run", 0, "seed of the weights and of the order of the images", type=_from_0)
     seeds: int = _flag("run", 1, "networks to train and sweep: with seeds SEED, SEED + 1, ...", type=_from_1)
     model: Path | None = _flag("run", None, "take this model file instead of training", type=_path)
-    k: tuple[float, ...] = _flag("run", K_PERCENT, "what to prune, in %%, beside 0 (default: 13 values)", type=_percent)
-    methods: tuple[str, ...] = _flag("run", METHODS[:2], "how to prune (default: weight unit)", choices=METHODS)
+    k: tuple[float, ...] = _flag("run", K_PERCENT, "shares to prune, in %%, beside 0 (default: 13)", type=_percent)
+    methods: tuple[str, ...] = _flag("run", METHODS[:2], "what is pruned, how (default: weight unit)", choices=METHODS)
     device: str = _flag("run", "auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    precision: str = _flag("run", "auto", "of training; auto: bf16 where native", choices=("auto", "bf16", "fp32"))
+    precision: str = _flag("run", "auto", "in training; auto: bf16 where native", choices=("auto", "bf16", "fp32"))
 
     learning_rate: float = _flag("training", 5e-3, "peak of the one-cycle schedule", type=_positive)
     weight_decay: float = _flag("training", 2e-4, "L2 penalty, as Adam adds it to the gradient", type=_not_negative)

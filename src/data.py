@@ -21,6 +21,7 @@ MNIST_FILES = {  # bytes unpacked and as .gz; MD5 of the unpacked ones
     "t10k-images-idx3-ubyte": (7_840_016, 1_648_877, "2646ac647ad5339dbf082846283269ea"),
     "t10k-labels-idx1-ubyte": (10_008, 4_542, "27ae3e4e09519cfbb04c329615203637"),
 }
+MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/")  # torchvision's
 DIGITS_FILE = Path(__file__).resolve().parents[1] / "inputs" / "digits.npz"  # wherever --inputs points
 TIMEOUT = 8.0  # seconds; two silent mirrors and a run on digits fit into half a minute
 SLOWEST = 30_000  # bytes a second on average; a mirror that sends less counts as silent
@@ -53,19 +54,19 @@ def load(dataset: str, inputs: Path, *, holdout: bool = False, device: torch.dev
     >>> load("digits", Path("inputs")).train_images.shape
     torch.Size([1437, 784])
     """
-    if dataset not in ("auto", "mnist", "digits"):
+    if dataset == "auto":
+        try:
+            return load("mnist", inputs, holdout=holdout, device=device)
+        except DataError as error:
+            return replace(load("digits", inputs, holdout=holdout, device=device), fallback_reason=str(error))
+    if dataset not in ("mnist", "digits"):
         raise ValueError(f"dataset must be auto, mnist or digits, got {dataset!r}")
     raw, faults = Path(inputs) / "MNIST" / "raw", list[str]()  # shared: a mirror that failed is not asked again
-    try:
-        tensors = _read_digits() if dataset == "digits" else [_read_mnist(raw / name, faults) for name in MNIST_FILES]
-    except DataError as error:
-        if dataset != "auto":
-            raise
-        return replace(load("digits", inputs, holdout=holdout, device=device), fallback_reason=str(error))
+    tensors = _read_digits() if dataset == "digits" else [_read_mnist(raw / name, faults) for name in MNIST_FILES]
     if holdout:
         kept = len(tensors[1]) - len(tensors[1]) // 6
         tensors = [*(tensor[:kept] for tensor in tensors[:2]), *(tensor[kept:] for tensor in tensors[:2])]
-    return Dataset("digits" if dataset == "digits" else "mnist", *(tensor.to(device) for tensor in tensors))
+    return Dataset(dataset, *(tensor.to(device) for tensor in tensors))
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,10 +83,9 @@ class Batches:
     generator: torch.Generator | None = None  # on the CPU: shuffles every epoch, alike on all devices
 
     def __post_init__(self) -> None:
-        """Raise TypeError or ValueError for a wrong batch size, ValueError for lengths that differ."""
+        """Raise ValueError for a wrong batch size, or for lengths that differ."""
         if not isinstance(self.batch_size, int) or self.batch_size < 1:
-            kind = ValueError if isinstance(self.batch_size, int) else TypeError
-            raise kind(f"batch_size must be a whole number >= 1, got {self.batch_size!r}")
+            raise ValueError(f"batch_size must be a whole number >= 1, got {self.batch_size!r}")
         if len(self.images) != len(self.labels):
             raise ValueError(f"got {len(self.images)} images, but {len(self.labels)} labels")
 
@@ -117,13 +117,17 @@ def _read_digits() -> list[Tensor]:
 
 def _read_mnist(path: Path, faults: list[str]) -> Tensor:
     """Images (N, 784) or labels (N,) of one file, which is kept at `path`, from the first source without a fault."""
-    for source in _sources(path, faults):
+    packed = path.with_name(f"{path.name}.gz")
+    mirrors = [url for url in MIRRORS if not any(url in fault for fault in faults)]
+    sources: list[Path | str] = [path, packed, *(url + packed.name for url in mirrors)]
+    for source in sources:
         try:
             data = _read(source, *MNIST_FILES[path.name])
+        except FileNotFoundError:
+            continue
         except Exception as error:  # gzip alone has four kinds for wrong bytes, and a mirror fails in many ways
-            if not isinstance(error, FileNotFoundError):
-                faults.append(f"{source}: {one_line(error)}")
-                warn(f"Not used: {faults[-1]}")
+            faults.append(f"{source}: {one_line(error)}")
+            warn(f"Not used: {faults[-1]}")
             continue
         if source != path:
             try:
@@ -134,18 +138,6 @@ def _read_mnist(path: Path, faults: list[str]) -> Tensor:
         return values[16:].view(-1, 784).float().div_(255) if "images" in path.name else values[8:].long()
     cure = f"Put the four .gz files of MNIST into {path.parent}, or choose --dataset digits"
     raise DataError(f"MNIST's {path.name} is not available: {'; '.join(faults)}. {cure}")
-
-
-def _sources(path: Path, faults: list[str]) -> Iterator[Path | str]:
-    """The unpacked file; its .gz; the address of that at each mirror that has not failed yet."""
-    yield from (path, packed := path.with_name(f"{path.name}.gz"))
-    try:
-        from torchvision.datasets import MNIST
-    except Exception as error:  # beside the wrong torch: RuntimeError, OSError, AttributeError, …
-        fault = f"torchvision is missing or does not match torch {torch.__version__} ({one_line(error)})"
-        faults.append(f"{fault}: install the two together, pip install --force-reinstall -r requirements.txt")
-    else:
-        yield from (f"{url}{packed.name}" for url in MNIST.mirrors if not any(url in fault for fault in faults))
 
 
 def _read(source: Path | str, size: int, packed_size: int, md5: str) -> bytes:

@@ -1,7 +1,7 @@
 """Training and evaluation: one epoch at a time, over batches that are already on the model's device."""
 
-import contextlib
 import inspect
+import itertools
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prune import apply_masks, find_masks
+from prune import find_masks
 from utils import l2
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # images (B, …) and class numbers (B,); B may differ from batch to batch
@@ -42,14 +42,13 @@ class Engine:
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        if not isinstance(self.model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(self.model).__name__}")
-        if not isinstance(self.precision, torch.dtype):
-            raise TypeError(f"precision must be a torch.dtype, such as torch.bfloat16, got {self.precision!r}")
+        if not isinstance(self.model, nn.Module) or not isinstance(self.precision, torch.dtype):
+            given = f"{type(self.model).__name__} and {self.precision!r}"
+            raise TypeError(f"expected a torch.nn.Module and a torch.dtype, such as torch.bfloat16, got {given}")
         if not (0 <= self.label_smoothing <= 1 and self.unit_lasso >= 0):
             given = f"{self.label_smoothing} and {self.unit_lasso}"
             raise ValueError(f"label_smoothing must be in [0, 1] and unit_lasso >= 0, got {given}")
-        self._masks = None if self.masks is None else iter(self.masks)
+        self._masks = itertools.repeat(None) if self.masks is None else iter(self.masks)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of logits (B, classes) for classes (B,); IndexError, RuntimeError: as torch."""
@@ -67,12 +66,11 @@ class Engine:
         hits, losses = [], []  # left on the device: reading one would make the CPU wait for every step
         for images, targets in batches:
             self.optimizer.zero_grad()
-            with self._pruned():
-                with torch.autocast(images.device.type, self.precision, enabled=self.precision != torch.float32):
-                    logits = self.model(images)  # (B, classes)
-                hits.append(_hits(logits, targets))
-                loss = self.loss(logits, targets)
-                loss.backward()
+            with torch.autocast(images.device.type, self.precision, enabled=self.precision != torch.float32):
+                logits = self._logits(images)  # (B, classes)
+            hits.append(_hits(logits, targets))
+            loss = self.loss(logits, targets)
+            loss.backward()
             self.optimizer.step()
             if self.unit_lasso:
                 self._pull(self.optimizer.param_groups[0]["lr"])
@@ -90,28 +88,22 @@ class Engine:
         self.model.eval()
         return _accuracy([_hits(self.model(images), targets) for images, targets in batches])
 
-    @contextlib.contextmanager
-    def _pruned(self) -> Iterator[None]:
-        """Prune the weights by the next masks for the time of a pass; the dense ones come back for the step."""
+    def _logits(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) through the weights that the next masks leave, with gradients for the dense ones."""
         try:
-            masks = (next(self._masks) if self._masks else None) or {}
+            masks = next(self._masks) or {}
         except StopIteration:
             raise ValueError("fewer masks than steps: itertools.repeat(masks) holds the same ones throughout") from None
-        parameters = dict(self.model.named_parameters())
-        if unknown := masks.keys() - parameters.keys():
-            raise ValueError(f"the model has no parameter {', '.join(sorted(unknown))}, which the masks name")
-        dense = {parameters[name]: parameters[name].data for name in masks}
-        for parameter, weight in dense.items():
-            parameter.data = weight.clone()  # 3 ms of a step of 50, and nothing has to be copied back
-        try:
-            apply_masks(self.model, masks)
-            yield
-        finally:
-            for parameter, weight in dense.items():
-                parameter.data = weight
+        weights, pruned = dict(self.model.named_parameters()), dict[str, Tensor]()
         for name, mask in masks.items():
-            if not self.straight_through and (gradient := parameters[name].grad) is not None:  # None: it is frozen
-                gradient.mul_(mask)
+            weight = weights.get(name)
+            if weight is None or not isinstance(mask, Tensor) or mask.shape != weight.shape:
+                raise ValueError(f"the masks are not of this model, which has no {name} of such a shape")
+            if self.straight_through:  # the same values, with the whole gradient
+                pruned[name] = weight - weight.detach() * ~mask.to(weight.device)
+            else:
+                pruned[name] = weight * mask.to(weight)  # as numbers: the backward pass is faster
+        return torch.func.functional_call(self.model, pruned, (images,)) if pruned else self.model(images)
 
     @torch.no_grad()
     def _pull(self, learning_rate: float) -> None:

@@ -162,14 +162,14 @@ def read_csv(path: Path) -> list[Row]:
     try:
         header, *lines = csv.reader(io.StringIO(text := path.read_text(encoding="utf-8")))
         if header != [column.name for column in fields(Row)] or not text.endswith("\n"):
-            raise ValueError("its first or last line is not as it should be")
+            raise ValueError("other columns, or a last line without its end")
         rows = [
             Row(int(seed) if seed else None, method, scope, float(k), float(achieved), int(kept), float(accuracy),
                 float(finetuned) if finetuned else None)
             for seed, method, scope, k, achieved, kept, accuracy, finetuned in lines
         ]  # fmt: skip
         if any(isinstance(value, float) and not np.isfinite(value) for row in rows for value in astuple(row)):
-            raise ValueError("it has numbers that are not finite")
+            raise ValueError("a number that is not finite")
         return rows
     except (ValueError, csv.Error) as error:
         raise ValueError(f"{path} is not a file of rows: {error}") from error
@@ -190,13 +190,12 @@ def plot_accuracy_sparsity(rows: Sequence[Row], title: str) -> "Figure":
     pruned = "each layer" if {row.scope for row in rows} == {"layer"} else "all layers together"
     whole.set_xlabel(f"pruned: k % of {pruned} (axis stretched toward 100 %)")
     flat = {name: flat_until(curve, dense_accuracy(rows)) for name, curve in curves(rows).items()}
-    marks = sorted((k, method) for method in ("weight", "unit") if (k := flat.get(NAMES[method])))
-    for (k, method), side, gap in zip(marks, ("right", "left"), (-3, 3), strict=False):  # their words point outward
-        tuned, color = flat.get(NAMES[method] + FINETUNED), COLORS[method]
+    ends = sorted((k, method) for method in ("weight", "unit") if (k := flat.get(NAMES[method])))
+    for (k, method), side, gap in zip(ends, ("right", "left"), (-3, 3), strict=False):  # their words point outward
+        tuned, style = flat.get(NAMES[method] + FINETUNED), {"color": COLORS[method]}
         words = f"{NAMES[method]} flat to {digits(k)} %" + (f"\nfine-tuned: to {digits(tuned)} %" if tuned else "")
-        near.axvline(k, color=color, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
-        place = (k, 1), (gap, 4), near.get_xaxis_transform(), "offset points"
-        near.annotate(words, *place, color=color, size=TEXT, ha=side)
+        near.axvline(k, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0, **style)
+        near.annotate(words, (k, 1), (gap, 4), near.get_xaxis_transform(), "offset points", size=TEXT, ha=side, **style)
     return figure
 
 
@@ -226,13 +225,11 @@ def _plot_accuracy(rows: Sequence[Row], title: str, x: Callable[[Curve], np.ndar
     for panel, levels in ((near, close), (whole, {"_dense": dense, f"chance {CHANCE:.0f} %": CHANCE})):
         for name, curve in found.items():
             random, tuned = curve.method.startswith("random"), name.endswith(FINETUNED)
-            plain, dashed = (":", "-.") if random else ("-", "--")
-            line: dict[str, Any] = {"color": COLORS[curve.method], "linestyle": dashed if tuned else plain}
-            bold: dict[str, Any] = (
-                {"linewidth": 1.2, "markersize": 3.5} if random else {"linewidth": 2, "markersize": 5}
-            )
-            bold |= {"marker": MARKERS[curve.method], "markerfacecolor": "white" if tuned else "auto"}
-            panel.plot(x(curve).mean(axis=1), curve.mean, label=name, **line, **bold)
+            dashes = (("-", "--"), (":", "-."))[random][tuned]
+            line: dict[str, Any] = {"color": COLORS[curve.method], "linestyle": dashes}
+            dots: dict[str, Any] = {"marker": MARKERS[curve.method], "markerfacecolor": "white" if tuned else None}
+            width, size = (1.2, 3.5) if random else (2, 5)
+            panel.plot(x(curve).mean(axis=1), curve.mean, label=name, linewidth=width, markersize=size, **line, **dots)
             if seeds > 1:
                 panel.plot(x(curve), curve.values, linewidth=0.7, alpha=min(0.5, 4 / seeds), **line)
         for (name, weights, accuracy), marker in zip(published, "DPX*dph", strict=False):
@@ -271,9 +268,9 @@ def stretch_k_axis(axes: "Axes", ks: Sequence[float]) -> None:
     gaps = least + (1 - least * len(gaps)) * spare / (spare.sum() or 1)
     knots, at = [k[0] - 1, *k, k[-1] + 1], [-0.04, *np.cumsum([0, *gaps]), 1.04]
     axes.set_xscale("function", functions=(lambda x: np.interp(x, knots, at), lambda x: np.interp(x, at, knots)))
+    axes.set_xlim(knots[0], knots[-1])
     shown = k[:: -int(np.ceil(width / least))]  # counted from the right: the largest k has a label
     axes.set_xticks(k, [digits(value) if value in shown else "" for value in k])
-    axes.set_xlim(knots[0], knots[-1])
     axes.minorticks_off()
 
 

@@ -206,8 +206,31 @@ def test_masks_that_do_not_fit_are_told():
     masks = prune.find_masks(model, "weight", 0.5)
     with pytest.raises(ValueError, match="fewer masks than steps"):
         Engine(model, optimizer, masks=[masks]).train_epoch(some_batches(8, 8))
-    with pytest.raises(ValueError, match=r"no parameter fc9\.weight"):
-        Engine(model, optimizer, masks=[{"fc9.weight": masks["fc1.weight"]}]).train_epoch(some_batches(8))
+    for name, mask in (
+        ("fc9.weight", masks["fc1.weight"]),
+        ("fc1.weight", masks["fc1.weight"][:1]),
+        ("fc1.weight", None),
+    ):
+        with pytest.raises(ValueError, match=f"no {name} of such a shape"):
+            Engine(model, optimizer, masks=[{name: mask}]).train_epoch(some_batches(8))
+
+
+def test_recurrent_layers_are_trained_through_their_pruned_weights_too():
+    class Recurrent(nn.LSTM):
+        def forward(self, images):
+            return super().forward(images)[0][:, -1]
+
+    model = Recurrent(4, 3, batch_first=True)
+    masks = {name: torch.rand_like(weight) > 0.5 for name, weight in model.named_parameters()}
+    batches = [(torch.randn(6, 5, 4), torch.randint(3, (6,)))]
+    twin = pruned_by(model, masks)
+    nn.functional.cross_entropy(twin(batches[0][0]), batches[0][1]).backward()
+    expected = [
+        dense.detach() - pruned.grad * masks[name]
+        for (name, dense), pruned in zip(model.named_parameters(), twin.parameters(), strict=True)
+    ]
+    Engine(model, torch.optim.SGD(model.parameters(), lr=1.0), masks=[masks]).train_epoch(batches)
+    torch.testing.assert_close(list(model.parameters()), expected)
 
 
 def test_divergence_is_told():
@@ -225,13 +248,13 @@ def test_what_is_missing_or_does_not_fit_is_named():
             run([])
         with pytest.raises(ValueError, match=r"expected 4 targets, one an image, got shape \(4, 1\)"):
             run([(torch.rand(4, 8), torch.zeros(4, 1).long())])
-    with pytest.raises(TypeError, match="model must be a"):
+    with pytest.raises(TypeError, match=r"expected a torch.nn.Module .* got int and"):
         Engine(3)
     with pytest.raises(ValueError, match="label_smoothing must be in"):
         Engine(model, label_smoothing=1.1)
     with pytest.raises(ValueError, match=r"got 0\.0 and -1"):
         Engine(model, unit_lasso=-1)
-    with pytest.raises(TypeError, match=r"precision must be a torch.dtype.*'bf16'"):
+    with pytest.raises(TypeError, match=r"a torch.dtype, .* and 'bf16'"):
         Engine(model, precision="bf16")
     with pytest.raises(ValueError, match="needs an optimizer"):
         Engine(model).train_epoch(some_batches(8))
