@@ -136,4 +136,8 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     for name in without_effect(config)[1:]:
         if config.model is not None and name in given:
             parser.error(f"--{name.replace('_', '-')} has no effect with --model, which takes the place of training")
+    if missing := {method for method, _ in config.keep} - {*config.methods}:
+        parser.error(f"--keep {missing.pop()}:K takes one of --methods {' '.join(config.methods)}")
+    if config.costs and not {"weight", "unit"} & {*config.methods}:
+        parser.error("--costs takes weight or unit among --methods: random ones would cost the same")
     return config

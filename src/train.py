@@ -49,8 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         OSError, ValueError, FloatingPointError: the job cannot be done.
     """
     config = parse_config(argv)
-    rank, ranks = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)  # of torchrun
-    if rank:  # rank 0 alone speaks
+    ranks = int(os.environ.get("WORLD_SIZE") or 1)  # processes that torchrun started, which share the seeds
+    rank = int(os.environ.get("RANK") or 0) % ranks
+    if rank:  # rank 0 alone prints
         sys.stdout = io.StringIO()
     device = system.pick_device(config.device)
     dataset = load(config.dataset, config.inputs, holdout=config.holdout, device=device)
@@ -64,24 +65,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     seeds, rows, first = range(config.seed, config.seed + config.seeds), list[Row](), None
     for seed in seeds[rank::ranks]:
-        done = finished_rows(config, seed)
-        if not done:
-            torch.manual_seed(seed)
-            model = NeuralNetwork().to(device) if config.model is None else load_model(config.model, device)
-            if config.model is None:
-                train(model, dataset, config, seed)
-            done = [row for method in config.methods for row in sweep(model, method, dataset, config, seed)]
-            if config.seeds > 1:
-                write_rows(done, progress_path(config, seed), others=rows)
-            first = first or model
+        if done := read_progress(config, seed):
+            rows += done
+            continue
+        torch.manual_seed(seed)
+        model = NeuralNetwork().to(device) if config.model is None else load_model(config.model, device)
+        if config.model is None:
+            train(model, dataset, config, seed)
+        done = [row for method in config.methods for row in sweep(model, method, dataset, config, seed)]
+        if config.seeds > 1:
+            write_rows(progress_path(config, seed), done)
         rows += done
+        first = first or model
+
     if rank:  # rank 0 alone reports
         return 0
-    for seed in sorted(set(seeds) - set(seeds[::ranks])):
-        say(f"waiting for seed {seed} of another rank")
-        while not (done := finished_rows(config, seed)):
-            time.sleep(1)
-        rows += done
+    rows += wait_for_ranks(config, [seed for seed in seeds if seed not in seeds[::ranks]])
     return report(rows, first, dataset, config)
 
 
@@ -176,59 +175,56 @@ def pruning(config: Config) -> dict[str, Any]:
 # ── results ──
 
 
-def report(rows: list[Row], model: nn.Module | None, dataset: Dataset, config: Config) -> int:
-    """Table, facts, CSV and plots of all seeds, and the costs of the first network; returns the exit status."""
+def report(rows: list[Row], first: nn.Module | None, dataset: Dataset, config: Config) -> int:
+    """CSV, table, facts and plots of all seeds, and the costs of the first network; returns the exit status."""
     rows = sorted(rows, key=lambda row: row.seed or 0)  # ranks and stopped runs bring them in other orders
+    write_rows(output(config, "accuracy_sparsity.csv"), rows)
     say(f"{utils.format_table(rows)}\n{utils.format_facts(rows)}")
-    write_rows(rows, path := output(config, "accuracy_sparsity.csv"))
-    say(f"wrote {path}")
     text = title(dataset, config)
     published = utils.LENET_300_100 if config.finetune_epochs and dataset.name == "mnist" else ()  # retrained as well
-    plots: dict[str, Callable[[], Any]] = {
-        "accuracy_sparsity": lambda: utils.plot_accuracy_sparsity(rows, text),
-        "accuracy_weights": lambda: utils.plot_accuracy_weights(rows, text, published),
-    }
-    if config.costs and model is not None:
+    drawn = draw(config, "accuracy_sparsity", lambda: utils.plot_accuracy_sparsity(rows, text))
+    drawn &= draw(config, "accuracy_weights", lambda: utils.plot_accuracy_weights(rows, text, published))
+    if config.costs and first is not None:
         own = [row for row in rows if row.seed == rows[0].seed and row.method in ("weight", "unit")]
-        costs = measure_costs(model, own, dataset.test_images, **pruning(config))
+        costs = measure_costs(first, own, dataset.test_images, **pruning(config))
+        write_rows(output(config, "cost_sparsity.csv"), costs)
         say(format_costs(costs))
-        write_rows(costs, output(config, "cost_sparsity.csv"))
-        plots["cost_sparsity"] = lambda: plot_cost_sparsity(costs, text)
-    drawn = [draw(plot, output(config, f"{name}.png"), config.format) for name, plot in plots.items()]
+        drawn &= draw(config, "cost_sparsity", lambda: plot_cost_sparsity(costs, text))
     made = output(config, "model.bin")
     for path in result_files(config) if config.model is None and made.exists() else ():
         if path.stat().st_mtime < made.stat().st_mtime:
             say(f"{path} is of an earlier network")
     announce_fallback(dataset)
-    if all(drawn):  # else the same command draws again without training
-        for path in config.plots.glob(progress_path(config, "*").name):
-            path.unlink(missing_ok=True)
-    return 0 if all(drawn) else 1
+    if drawn:  # else the same command goes on from here
+        for seed in range(config.seed, config.seed + config.seeds):
+            progress_path(config, seed).unlink(missing_ok=True)
+    return 0 if drawn else 1
 
 
-def write_rows(rows: Sequence[Any], path: Path, others: Sequence[Any] = ()) -> None:
-    """Write a CSV; where its folder takes no file, with others elsewhere, and say where in the error."""
+def write_rows(path: Path, rows: Sequence[Any]) -> None:
+    """Write a CSV; where its folder takes no file, write it elsewhere and say where in the error."""
     try:
         utils.write_csv(path, rows)
     except OSError as error:
         try:
-            rescued = Path(tempfile.mkdtemp()) / "rows.csv"
-            utils.write_csv(rescued, [*others, *rows])
+            rescued = Path(tempfile.mkdtemp()) / path.name
+            utils.write_csv(rescued, rows)
         except OSError:
             raise error from None
         raise OSError(f"{error}; the rows are in {rescued}") from error
+    say(f"wrote {path}")
 
 
-def draw(plot: Callable[[], Any], path: Path, extra_format: str | None) -> bool:
+def draw(config: Config, name: str, plot: Callable[[], Any]) -> bool:
     """Save a plot, and say whether that went well: one that cannot be drawn costs nothing but itself."""
     try:
         figure = plot()
-        for suffix in filter(None, ("png", extra_format)):
-            utils.save_figure(path.with_suffix(f".{suffix}"), figure)
-        say(f"wrote {path}")
+        for suffix in filter(None, ("png", config.format)):
+            utils.save_figure(path := output(config, f"{name}.{suffix}"), figure)
+            say(f"wrote {path}")
         return True
     except Exception as error:  # people's own settings of matplotlib fail in ways of their own
-        system.warn(f"train.py: error: cannot draw {path}: {system.one_line(error)}")
+        system.warn(f"train.py: error: cannot draw {name}: {system.one_line(error)}")
         return False
 
 
@@ -236,9 +232,9 @@ def title(dataset: Dataset, config: Config) -> str:
     """What was run, for the figures: data, network and seeds; in a second line the flags that are not as by default."""
     images = f"{len(dataset.test_labels):,} {'held-out' if config.holdout else 'test'} images"
     seeds = f"seed {config.seed}" if config.seeds == 1 else f"{config.seeds} seeds"
-    training = f"{config.epochs} epoch{'s' * (config.epochs > 1)}, {seeds}"
-    origin = training if config.model is None else f"network of {config.model.name}"
-    line = f"{dataset.name.replace('mnist', 'MNIST')}, {images}; {'-'.join(map(str, SIZES))}, {origin}"
+    trained = f"{'-'.join(map(str, SIZES))}, {config.epochs} epoch{'s' * (config.epochs > 1)}, {seeds}"
+    network = trained if config.model is None else f"network of {config.model.name}"
+    line = f"{dataset.name.replace('mnist', 'MNIST')}, {images}; {network}"
     return "\n".join(filter(None, (line, ", ".join(changed(config)))))
 
 
@@ -250,9 +246,10 @@ def announce(dataset: Dataset, config: Config) -> None:
     announce_fallback(dataset)
     machine = system.describe_machine(dataset.test_images.device)
     say(f"{title(dataset, config)}; {len(dataset.train_labels):,} training images")
-    say(f"{machine['hardware']}, threads: {machine['threads']}, training in {config.precision}")
-    other = {*config.plots.glob(output(config, "accuracy_*.unfinished").name)}
-    for path in sorted(other - {*config.plots.glob(progress_path(config, "*").name)}):
+    training = f", training in {config.precision}" * (config.model is None or config.finetune_epochs > 0)
+    say(f"{machine['hardware']}, threads: {machine['threads']}{training}")
+    used = {progress_path(config, seed) for seed in range(config.seed, config.seed + config.seeds)}
+    for path in sorted({*config.plots.glob(output(config, "accuracy_*.unfinished").name)} - used):
         say(f"{path} is of a stopped run with other settings or versions, and is not used")
     if 0 < config.k[-1] <= 1:
         say(f"warning: k is in %: did you mean {' '.join(f'{100 * k:g}' for k in config.k)}?")
@@ -293,14 +290,15 @@ def output(config: Config, name: str) -> Path:
 
 def result_files(config: Config) -> list[Path]:
     """What in the output folders is named as a run's files are."""
-    names = ("model.bin", "model.json", "unit_*.bin", "weight_*.bin", "accuracy_*.[cps]*", "cost_*.*")
+    names = ("model.bin", "model.json", "unit_*.bin", "weight_*.bin", "accuracy_*.csv", "accuracy_*.[ps]*", "cost_*.*")
     patterns = [output(config, name) for name in names]
     return sorted(path for pattern in patterns for path in pattern.parent.glob(pattern.name))
 
 
 def describe(config: Config) -> dict[str, Any]:
     """The settings and versions that the numbers depend on beside the seed, as JSON holds them."""
-    settings = {name: value for name, value in asdict(config).items() if name not in without_effect(config)}
+    others = {*without_effect(config), "inputs", "models", "plots", "format", "costs", "keep"}
+    settings = {name: value for name, value in asdict(config).items() if name not in others}
     versions = system.describe_machine(torch.device(config.device))
     return json.loads(json.dumps({"settings": settings, "versions": versions}, default=str))
 
@@ -332,29 +330,43 @@ def load_model(path: Path, device: torch.device) -> nn.Module:
     return model.to(device)
 
 
-# ── rows of finished seeds: a stopped run goes on after them, and several ranks share them ──
+# ── rows of finished seeds: a stopped run of several goes on after them, and ranks share them ──
 
 
-def progress_path(config: Config, seed: int | str) -> Path:
+def progress_path(config: Config, seed: int) -> Path:
     """The rows of one seed; the name tells settings and versions, so that no other rows are taken for them."""
-    digest = hashlib.sha256(json.dumps(describe(config)).encode()).hexdigest()[:20]
+    digest = hashlib.sha256(json.dumps([config.seed, describe(config)]).encode()).hexdigest()[:20]
     return output(config, f"accuracy_sparsity_seed_{seed}.{digest}.unfinished")
 
 
-def finished_rows(config: Config, seed: int) -> list[Row]:
-    """The rows of a seed that another rank or a stopped run has written, none if there are none."""
-    path, first = progress_path(config, seed), seed == config.seed
-    if config.seeds == 1 or not path.exists() or (first and (config.keep or config.costs)):  # which take its network
+def read_progress(config: Config, seed: int) -> list[Row]:
+    """The rows of a seed that is done; none if there are none, or if its network is needed and is not there."""
+    path, made = progress_path(config, seed), output(config, "model.bin")
+    if config.seeds == 1 or not path.exists():
+        return []
+    gone = not made.exists() or made.stat().st_mtime > path.stat().st_mtime
+    if seed == config.seed and (gone or config.keep or config.costs):
         return []
     try:
         rows = utils.read_csv(path)
-        points = [(method, k) for method in config.methods for k in config.k]
-        if [(row.method, row.k_percent) for row in rows] != points:
+        points = [(seed, method, k) for method in config.methods for k in config.k]
+        if [(row.seed, row.method, row.k_percent) for row in rows] != points:
             raise ValueError(f"{path} lacks rows")
     except ValueError as error:
-        warnings.warn(f"{error}; seed {seed} is trained again", stacklevel=2)
+        warnings.warn(f"{error}; its seed is not done", stacklevel=2)
         return []
     say(f"seed {seed} was done before")
+    return rows
+
+
+def wait_for_ranks(config: Config, seeds: Sequence[int]) -> list[Row]:
+    """The rows of the seeds that other ranks train."""
+    rows = list[Row]()
+    for seed in seeds:
+        say(f"waiting for another rank to write {progress_path(config, seed)}")
+        while not (done := read_progress(config, seed)):
+            time.sleep(1)
+        rows += done
     return rows
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # matplotlib is imported where a plot is drawn: one that is b
 
 FLAT_POINTS, NEAR_POINTS = 0.5, 2.5  # below dense: a curve is flat to there; the upper panel of a plot shows to there
 CHANCE, GUESSING = 10.0, 15.0  # accuracy in %: of a guess among ten classes; of a network that has learned something
+MANY_SEEDS = 8  # more are drawn as a band
 TEXT = 9.5  # points
 # Okabe and Ito's colors, told apart by every kind of color vision.
 COLORS = {"weight": "#0072B2", "unit": "#D55E00", "random_weight": "#56B4E9", "random_unit": "#E69F00"}
@@ -215,7 +216,8 @@ def plot_accuracy_weights(rows: Sequence[Row], title: str, published: Sequence[P
 def _plot_accuracy(rows: Sequence[Row], title: str, x: Callable[[Curve], np.ndarray], published: Any = ()) -> Any:
     """Every curve at its x, (points, seeds or 1), in two panels: close to dense, and the whole range."""
     dense, found, seeds = dense_accuracy(rows), curves(rows), len({row.seed for row in rows})
-    notes = [f"bold: mean, thin: each of {seeds} seeds"] if seeds > 1 else []
+    spread = "thin: each" if seeds <= MANY_SEEDS else "pale: lowest to highest"
+    notes = [f"bold: mean, {spread} of {seeds} seeds"] if seeds > 1 else []
     notes += ["gray: others' LeNet-300-100, which starts from 266,200 weights, ours from 2,386,000"] * bool(published)
     figure, (near, whole) = new_figure(2, 1, title, "; ".join(notes), sharex=True, height_ratios=(2, 3))
     highest = max(dense, *(curve.values.max() for curve in found.values()), *(accuracy for *_, accuracy in published))
@@ -230,8 +232,11 @@ def _plot_accuracy(rows: Sequence[Row], title: str, x: Callable[[Curve], np.ndar
             dots: dict[str, Any] = {"marker": MARKERS[curve.method], "markerfacecolor": "white" if tuned else None}
             width, size = (1.2, 3.5) if random else (2, 5)
             panel.plot(x(curve).mean(axis=1), curve.mean, label=name, linewidth=width, markersize=size, **line, **dots)
-            if seeds > 1:
-                panel.plot(x(curve), curve.values, linewidth=0.7, alpha=min(0.5, 4 / seeds), **line)
+            if seeds > MANY_SEEDS:
+                ends = curve.values.min(axis=1), curve.values.max(axis=1)
+                panel.fill_between(x(curve).mean(axis=1), *ends, color=line["color"], alpha=0.15, linewidth=0)
+            elif seeds > 1:
+                panel.plot(x(curve), curve.values, linewidth=0.7, alpha=0.5, **line)
         for (name, weights, accuracy), marker in zip(published, "DPX*dph", strict=False):
             panel.plot(weights, accuracy, marker, label=name if panel is near else None, color="0.4", markersize=6)
         panel.axhspan(dense - FLAT_POINTS, dense, color="0.93", linewidth=0, zorder=0)

@@ -101,6 +101,8 @@ def test_examples():
         ("--methods magic", "--methods: invalid choice: 'magic'"),
         ("--keep neuron:50", "--keep: must be weight:K or unit:K"),
         ("--keep unit", "--keep: must be weight:K or unit:K"),
+        ("--keep weight:90 --methods unit", "--keep weight:K takes one of --methods unit"),
+        ("--costs --methods random_weight", "--costs takes weight or unit among --methods"),
         ("--keep unit:x", "--keep: must be a number from 0 to 100"),
         ("--model m.bin --weight-decay 0", "--weight-decay has no effect with --model"),
         ("--model m.bin --seeds 3", "--seeds has no effect with --model"),

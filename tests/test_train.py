@@ -362,27 +362,39 @@ def test_a_run_that_is_stopped_goes_on_after_the_last_whole_seed(tmp_path, train
     flags = (*QUICK, "--seeds", "2")
     assert run_digits(tmp_path / "undisturbed", *flags) == 0
     assert len(stop_before(1, tmp_path / "stopped", trained, *flags)) == 1
-    (tmp_path / "stopped/models/digits_model.bin").write_bytes(b"another")  # the rows stand whatever becomes of it
     assert run_digits(tmp_path / "stopped", *flags) == 0
     assert trained == [1]
     assert "seed 0 was done before" in capsys.readouterr().out
     assert files(tmp_path / "stopped") == files(tmp_path / "undisturbed")
+    model = (tmp_path / "undisturbed/models/digits_model.bin").read_bytes()
+    assert (tmp_path / "stopped/models/digits_model.bin").read_bytes() == model
     assert (tmp_path / "stopped" / CSV).read_bytes() == (tmp_path / "undisturbed" / CSV).read_bytes()
 
     assert run_digits(tmp_path / "stopped", *flags) == 0  # a run that was whole is repeated from the start
     assert trained == [1, 0, 1]
+    stop_before(1, tmp_path / "stopped", trained, *flags)
+    assert run_digits(tmp_path / "stopped", *flags, "--learning-rate", "1e-3", "--seeds", "1") == 0
+    assert run_digits(tmp_path / "stopped", *flags) == 0  # which brings back the model of seed 0
+    assert trained == [0, 0, 1]
+    assert (tmp_path / "stopped/models/digits_model.bin").read_bytes() == model
 
 
-def test_a_stopped_run_goes_on_with_other_seeds_but_not_with_other_settings(tmp_path, trained, capsys):
+def test_a_stopped_run_goes_on_with_more_seeds_but_not_with_other_settings(tmp_path, trained, capsys):
     assert run_digits(tmp_path / "undisturbed", *BRIEF, "--seeds", "3") == 0
-    stop_before(2, tmp_path / "a", trained, *BRIEF, "--seed", "1", "--seeds", "2")
-    assert run_digits(tmp_path / "a", *BRIEF, "--seeds", "3") == 0
-    assert trained == [0, 2]
+    stop_before(1, tmp_path / "a", trained, *BRIEF, "--seeds", "2")
+    assert run_digits(tmp_path / "a", *BRIEF, "--seeds", "3", "--format", "svg") == 0
+    assert trained == [1, 2]
     assert (tmp_path / "a" / CSV).read_bytes() == (tmp_path / "undisturbed" / CSV).read_bytes()
-    stop_before(1, tmp_path / "b", trained, *BRIEF, "--seeds", "2")
-    assert run_digits(tmp_path / "b", *BRIEF, "--seeds", "2", "--learning-rate", "1e-3") == 0
-    assert trained == [0, 1]
-    assert "is of a stopped run with other settings or versions, and is not used" in capsys.readouterr().out
+    for name, other in (("b", ("--learning-rate", "1e-3")), ("c", ("--seed", "1"))):
+        stop_before(2, tmp_path / name, trained, *BRIEF, "--seeds", "3")
+        capsys.readouterr()
+        assert run_digits(tmp_path / name, *BRIEF, "--seeds", "2", *other) == 0
+        assert trained == ([0, 1] if name == "b" else [1, 2])
+        assert (
+            capsys.readouterr().out.count("is of a stopped run with other settings or versions, and is not used") == 2
+        )
+        assert len(list((tmp_path / name / "plots").glob("*.unfinished"))) == 2  # for when the former run goes on
+        trained.clear()
 
 
 def test_ranks_go_on_with_their_own_seeds_of_what_one_process_left(tmp_path, trained, monkeypatch):
@@ -415,7 +427,7 @@ def test_a_plot_that_fails_costs_nothing_but_itself(tmp_path, trained, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(utils, "plot_accuracy_sparsity", lambda *_: 1 / 0)
         assert run_digits(tmp_path, *flags) == 1
-    assert re.search(r"cannot draw .*digits_accuracy_sparsity.png: division by zero\n$", capsys.readouterr().err)
+    assert re.search(r"cannot draw accuracy_sparsity: division by zero\n$", capsys.readouterr().err)
     assert {CSV, "plots/digits_accuracy_weights.png"} <= files(tmp_path)
     assert len(read_rows(tmp_path)) == 8
     assert run_digits(tmp_path, *flags) == 0  # once it is mended, nothing is trained again
@@ -439,7 +451,7 @@ def test_a_damaged_progress_file_starts_anew(kind, tmp_path, trained):
     damaged = DAMAGE[kind](path.read_text())
     assert damaged != path.read_text()
     path.write_bytes(damaged.encode(errors="surrogateescape"))
-    with pytest.warns(UserWarning, match=r"digits_accuracy_sparsity_seed_0.*; seed 0 is trained again"):
+    with pytest.warns(UserWarning, match=r"digits_accuracy_sparsity_seed_0.*; its seed is not done"):
         assert run_digits(tmp_path, *flags) == 0
     assert trained == [0, 1]
 
@@ -512,7 +524,7 @@ def test_rows_whose_folder_takes_no_files_are_written_elsewhere(tmp_path, traine
     with pytest.raises(OSError, match=r"digits_accuracy_sparsity_seed_1.*; the rows are in ") as caught:
         run_digits(tmp_path, *BRIEF, "--seeds", "3")
     rescued = Path(str(caught.value).rpartition("the rows are in ")[2])
-    assert {row.seed for row in utils.read_csv(rescued)} == {0, 1}  # the first ones' file has gone as well
+    assert {row.seed for row in utils.read_csv(rescued)} == {1}
 
 
 def test_two_ranks_write_what_one_process_writes(tmp_path):
@@ -522,7 +534,7 @@ def test_two_ranks_write_what_one_process_writes(tmp_path):
         folders = ["--models", str(tmp_path / name / "models"), "--plots", str(tmp_path / name / "plots")]
         done = subprocess.run([*start, str(ROOT / "src/train.py"), *flags, *folders], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("wrote") == 4
+        assert len([line for line in done.stdout.splitlines() if re.match("wrote .*(bin|csv|png)$", line)]) == 4
     assert files(tmp_path / "one") == files(tmp_path / "two")
     for name in (CSV, "models/digits_model.bin"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
