@@ -8,12 +8,11 @@ import copy
 import gzip
 import io
 import os
-import warnings
 import zipfile
 import zlib
 from collections.abc import Collection
 from functools import partial
-from itertools import groupby, pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,15 +25,10 @@ ELEMENTWISE = (  # in eval mode; of nn.Sequential, empty ones
     *(nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold, nn.Dropout, nn.AlphaDropout, nn.Sequential),
 )
 SPARSE_DENSITY = 1 / 3  # measured on batches of 32 and more: sparse wins below 0.3 to 0.45, with AVX2 and with AVX-512
-SUM_BATCH = 16 if torch.backends.mkl.is_available() else 0  # from here on, summing rows beats MKL's CSR product
 UNPACKED = 2**30  # bytes that any file may unpack to
 PARTS, WIDTH = 4, 64  # 64 values of each of 1,000 features, 256 kB, stay in the cache of a core
-CACHED = 2**18  # values of all features, 1 MB, that a layer by itself takes at once
 
 Weights = nn.Module | dict[str, Any]  # a model or its state_dict
-
-with warnings.catch_warnings(action="ignore"):  # torch calls CSR tensors a beta feature, once a process
-    torch.sparse_csr_tensor([0, 0], [], [], (1, 1), dtype=torch.float32, device="cpu")
 
 
 def shrink(model: nn.Module) -> nn.Module:
@@ -133,7 +127,7 @@ def to_sparse(model: nn.Module) -> nn.Module:
     It pays for pruned weights (after unit pruning, `shrink` alone is faster) and batches of 32 and more, most in chains
     as `shrink` takes them. The copy is in eval mode and without gradients, its outputs for finite inputs are those of
     `model` in eval mode, to rounding. Subclasses of nn.Linear, layers with hooks or parametrizations and what
-    nn.MultiheadAttention reads by itself stay dense. Save `model`: a non-zero fp32 weight of the copy takes 40 bytes.
+    nn.MultiheadAttention reads by itself stay dense. Save `model`: a non-zero fp32 weight of the copy takes 32 bytes.
 
     Raises:
         ValueError: weights that torch.nn.utils.prune still computes.
@@ -178,69 +172,66 @@ class SparseLinear(nn.Linear):
         self.register_parameter("bias", copy.deepcopy(layer.bias))
         rows, columns = weight.nonzero(as_tuple=True)  # (nonzero,), row by row
         ends, part = weight.count_nonzero(1).cumsum(0), torch.arange(PARTS, device=weight.device).unsqueeze(1)
-        self.values = nn.Parameter(weight[rows, columns])
-        self.starts, self.columns = nn.Buffer(nn.functional.pad(ends, (1, 0)).int()), nn.Buffer(columns.int())
-        # The same for all parts; int32, as MKL copies wider indices.
-        self.part_values = nn.Buffer(self.values.detach().repeat(PARTS))
-        self.part_starts = nn.Buffer(nn.functional.pad((ends + len(rows) * part).flatten(), (1, 0)).int())
-        self.part_columns = nn.Buffer((columns + self.in_features * part).flatten().int())
-
-    def csr(self) -> Tensor:
-        """The weights as one tensor (out_features, in_features), made at every call: torch cannot copy such tensors."""
-        shape = (self.out_features, self.in_features)
-        return torch.sparse_csr_tensor(self.starts, self.columns, self.values, shape, device=self.values.device)
+        self.values = nn.Parameter(weight[rows, columns].repeat(PARTS))
+        self.columns = nn.Buffer((columns + self.in_features * part).flatten().int())
+        self.starts = nn.Buffer(nn.functional.pad((ends + len(rows) * part).flatten(), (1, 0)).int())
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """(out_features, in_features), dense and made at every reading, for models that read it."""
-        return self.csr().to_dense()
+        nonzero = len(self.values) // PARTS
+        counts = self.starts[: self.out_features + 1].diff()  # (out,)
+        rows = torch.arange(self.out_features, device=counts.device).repeat_interleave(counts)  # (nonzero,)
+        dense = self.values.new_zeros(self.out_features, self.in_features)
+        return dense.index_put_((rows, self.columns[:nonzero]), self.values[:nonzero])
 
     def forward(self, input: Tensor, *following: Any) -> Tensor:
         """(…, in_features) through this layer and the sparse and elementwise ones that follow, to (…, out_features)."""
-        inputs, dtype, device = self.in_features, self.values.dtype, input.device.type
-        if input.shape[-1] != inputs:
-            raise ValueError(f"expected {inputs} features, got {input.shape[-1]}")
+        dtype, device = self.values.dtype, input.device.type
         if torch.is_autocast_enabled(device) and dtype != torch.float64:
             with torch.autocast(device, enabled=False):  # the sums have no kernel of mixed types
                 return self.forward(input.to(dtype), *following).to(torch.get_autocast_dtype(device))
-        most, outputs = PARTS * WIDTH if following else min(max(CACHED // inputs, WIDTH), PARTS * WIDTH), []
-        for images in input.reshape(-1, inputs).split(most):  # (B, in)
-            parts = max(1, -(-len(images) // WIDTH)) if following else 1
-            padding = -len(images) % parts
+        outputs = []
+        for images in input.reshape(input.shape[:-1].numel(), self.in_features).split(PARTS * WIDTH):  # (B, in)
+            parts = max(1, -(-len(images) // WIDTH)) if following else 1  # one by itself need not be turned back
+            padding = -len(images) % (2 * parts)  # sums of rows of one value take twice as long as of two
             padded = nn.functional.pad(images, (0, 0, 0, padding)) if padding else images
             turned = padded.unflatten(0, (parts, -1)).transpose(1, 2).contiguous()  # (parts, in, B / parts)
-            blocks = self.multiply(turned.flatten(0, 1))
-            for layer in following:
-                if type(layer) is nn.ReLU:
+            blocks = turned.flatten(0, 1)
+            for layer in (self, *following):
+                if isinstance(layer, SparseLinear):
+                    blocks = layer.multiply(blocks, parts)
+                elif type(layer) is nn.ReLU:
                     blocks.relu_()  # memory that is new costs more than the sums
                 else:
-                    blocks = layer.multiply(blocks) if isinstance(layer, SparseLinear) else layer(blocks)
+                    blocks = layer(blocks)
             outputs.append(blocks.unflatten(0, (parts, -1)).transpose(1, 2).flatten(0, 1)[: len(images)])
         output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
         return output.reshape(*input.shape[:-1], output.shape[1])
 
-    def multiply(self, blocks: Tensor) -> Tensor:
+    def multiply(self, blocks: Tensor, parts: int) -> Tensor:
         """(parts * in_features, width) to (parts * out_features, width), part after part."""
-        parts, width = len(blocks) // self.in_features, blocks.shape[1]
-        if parts == 1 and width < SUM_BATCH and blocks.dtype in (torch.float32, torch.float64):
-            product = (self.csr() @ blocks.squeeze(1)).view(self.out_features, width)  # by a vector, it is faster still
-        else:  # a kernel made to sum weighted rows is several times faster than the CSR product
-            starts, used = self.part_starts[: parts * self.out_features + 1], parts * len(self.values)
-            columns, values = self.part_columns[:used], self.part_values[:used]
-            product = torch.embedding_bag(blocks, columns, starts, False, 0, False, values, True)[0]  # 0: sum
+        used, starts = parts * len(self.values) // PARTS, self.starts[: parts * self.out_features + 1]
+        columns, values = self.columns[:used], self.values[:used]
+        # A kernel made to sum weighted rows (mode 0: sum): several times faster than a product with a CSR tensor.
+        sums = torch.embedding_bag(
+            blocks, columns, starts, mode=0, per_sample_weights=values, include_last_offset=True
+        )[0]
         if self.bias is not None:
-            product.view(parts, self.out_features, width).add_(self.bias.unsqueeze(1))
-        return product
+            sums.view(parts, self.out_features, -1).add_(self.bias.unsqueeze(1))
+        return sums
 
 
 def _forward_chain(chain: list[Any], features: Tensor) -> Tensor:
     """The forward of a chain, (…) to (…): a sparse layer and the sparse and elementwise ones after it run as one."""
     classes = {SparseLinear, *ELEMENTWISE}
-    for fused, group in groupby(chain, lambda layer: _is_plain(layer, classes)):
-        layers = list(group)
-        while layers and not (fused and isinstance(layers[0], SparseLinear)):
-            features = layers.pop(0)(features)
-        features = layers[0](features, *layers[1:]) if layers else features
+    while chain:
+        layer, *chain = chain
+        following = list(takewhile(lambda other: _is_plain(other, classes), chain))
+        if not _is_plain(layer, {SparseLinear}):
+            following.clear()
+        features = layer(features, *following)
+        chain = chain[len(following) :]
     return features
 
 
