@@ -748,10 +748,6 @@ def test_files_that_ask_for_more_memory_than_they_have_are_refused(monkeypatch, 
         tracemalloc.clear_traces()
         tracemalloc.reset_peak()
         assert_refused(path)
-        for start in (b"PK\3\4", gzip.compress(b"a"), b""):
-            path.write_bytes(start)
-            os.truncate(path, 2 * 2**30)  # which takes no room on the disk
-            assert_refused(path)
         assert tracemalloc.get_traced_memory()[1] < 2 * 10**6
     finally:
         tracemalloc.stop()
