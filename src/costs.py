@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from itertools import takewhile
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -11,9 +12,6 @@ from tqdm import tqdm
 from compress import SparseLinear, latency, shrink, stored_bytes, to_sparse
 from prune import prune_model
 from utils import COLORS, MARKERS, NAMES, Row, log_axis, new_figure, stretch_k_axis
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 BATCH_SIZES = (1, 256)  # images
 ROUNDS, ROUND_SECONDS = 5, 0.1  # for every network and batch size
@@ -66,9 +64,8 @@ def break_even(costs: Sequence[CostRow], batch_size: int) -> tuple[float, float 
     if any(row.latency_iqr_ms > BUSY * row.latency_ms for row in rows if row.method == "weight"):
         return dense, None, "the machine is busy: no conclusion"
     times = {(row.form, row.k_percent): row.latency_ms for row in rows}
-    sparse = [k for form, k in times if form == "sparse"]
-    slower = max((k for k in sparse if times["sparse", k] >= times["dense", k]), default=-1)
-    found = min((k for k in sparse if k > slower), default=None)
+    ks = sorted((k for form, k in times if form == "sparse"), reverse=True)
+    found = min(takewhile(lambda k: times["sparse", k] < times["dense", k], ks), default=None)
     return dense, found, "sparse kernels do not pay" if found is None else f"sparse kernels pay from k = {found:g} % on"
 
 
@@ -77,22 +74,22 @@ def format_costs(costs: Sequence[CostRow]) -> str:
     found = {size: break_even(costs, size) for size in sorted({row.batch_size for row in costs})}
     head = "".join(f"{f'batch {size}: ms':>22}{'speed-up':>10}" for size in found)
     lines = [f"{'k %':>13}{'file kB':>9}{'% of dense':>12}{head}", "-" * (34 + len(head))]
+    dense, packed = costs[0].dense_bytes, max(row.stored_bytes for row in costs)
     for method, k in dict.fromkeys((row.method, row.k_percent) for row in costs):
         rows = [row for row in costs if (row.method, row.k_percent) == (method, k)]
-        file, dense = rows[0].stored_bytes, rows[0].dense_bytes
-        line = f"{NAMES[method]:7}{k:6g}{file / 1e3:9,.0f}{100 * file / dense:12.2f}"
+        lines.append(
+            f"{NAMES[method]:7}{k:6g}{rows[0].stored_bytes / 1e3:9,.0f}{100 * rows[0].stored_bytes / dense:12.2f}"
+        )
         for size, (dense_ms, _, _) in found.items():
             best = min((row for row in rows if row.batch_size == size), key=lambda row: row.latency_ms)
             faster = "busy" if best.latency_iqr_ms > BUSY * best.latency_ms else f"{dense_ms / best.latency_ms:.2f}"
-            line += f"{f'{best.form} {best.latency_ms:.3g}':>22}{faster:>10}"
-        lines.append(line)
-    packed = max(row.stored_bytes for row in costs)
+            lines[-1] += f"{f'{best.form} {best.latency_ms:.3g}':>22}{faster:>10}"
     lines.append(f"dense file: {dense / 1e6:.2f} MB, {packed / 1e6:.2f} MB in gzip ({packed / dense:.1%})")
     return "\n".join(lines + [f"batch {size}: {words}" for size, (_, _, words) in found.items()])
 
 
-def plot_cost_sparsity(costs: Sequence[CostRow], title: str) -> "Figure":
-    """Four panels over k: accuracy, file size, and the speed-up over dense, beside milliseconds, at two batch sizes."""
+def plot_cost_sparsity(costs: Sequence[CostRow], title: str) -> Any:
+    """A figure of four panels over k: accuracy, file size, the speed-up over dense, beside ms, at two batch sizes."""
     note = "bars: half the interquartile range of the latency to either side of its median"
     figure, panels = new_figure(2, 2, title, note)
     for panel in panels:
