@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from compress import SparseLinear, latency, shrink, stored_bytes, to_sparse
+from compress import latency, shrink, stored_bytes, to_sparse
 from prune import prune_model
 from utils import COLORS, MARKERS, NAMES, Row, log_axis, new_figure, stretch_k_axis
 
@@ -44,13 +44,12 @@ def measure_costs(model: nn.Module, rows: Sequence[Row], images: Tensor, **pruni
     for row in rows:
         pruned = prune_model(model, row.method, row.k_percent / 100, **pruning)
         small = shrink(pruned)
-        file_bytes, sparse = stored_bytes(small), to_sparse(small)
-        forms = {"shrunk": small} if row.method == "unit" else {"dense": pruned}
-        if row.method == "weight" and any(isinstance(layer, SparseLinear) for layer in sparse.modules()):
-            forms["sparse"] = sparse
+        file_bytes = stored_bytes(small)
+        forms = {"dense": pruned, "sparse": to_sparse(small)} if row.method == "weight" else {"shrunk": small}
         for form, network in forms.items():
             fields = (row.method, row.k_percent, row.accuracy_percent, form, file_bytes, dense_bytes)
-            turns += [(CostRow(*fields, size), network, []) for size in BATCH_SIZES]
+            if form != "sparse" or "SparseLinear" in str(network):  # few zeros leave all layers dense
+                turns += [(CostRow(*fields, size), network, []) for size in BATCH_SIZES]
     for cost, network, times in tqdm(turns * ROUNDS, "costs", leave=False, disable=None):  # None: only on a terminal
         times.append(latency(network, images[: cost.batch_size], ROUND_SECONDS))
     merged = [(cost, times[0].merge(times)[0]) for cost, _, times in turns]
@@ -104,27 +103,23 @@ def plot_cost_sparsity(costs: Sequence[CostRow], title: str) -> Any:
     panels[1].set_ylabel(f"file, % of dense ({costs[0].dense_bytes / 1e6:.2f} MB)")
     log_axis(panels[1], "y")
     for panel, size in zip(panels[2:], sorted({row.batch_size for row in costs}), strict=True):
-        _draw_speed_up(panel, costs, size)
+        dense, pays_from, words = break_even(costs, size)
+        for method, form in dict.fromkeys((row.method, row.form) for row in costs):
+            rows = [row for row in costs if (row.method, row.form, row.batch_size) == (method, form, size)]
+            k, times = [row.k_percent for row in rows], np.array([row.latency_ms for row in rows])
+            half = np.minimum([row.latency_iqr_ms / 2 for row in rows], 0.9 * times)  # no bar ends at infinity
+            color, width, dot = ("0.6", 1, 3) if form == "dense" else (COLORS[method], 2, 5)
+            label = f"{NAMES[method]}, {form}" + " kernels" * (form != "shrunk")
+            panel.plot(k, dense / times, MARKERS[method] + "-", c=color, linewidth=width, markersize=dot, label=label)
+            panel.vlines(k, dense / (times + half), dense / (times - half), color, linewidth=1)
+        if pays_from is not None:
+            panel.axvline(pays_from, color=COLORS["weight"], linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+        panel.set_title(words, fontsize=9.5, color=COLORS["weight"])
+        panel.set_ylabel(f"times as fast as dense (batch {size})")
+        log_axis(panel, "y")
+        milliseconds = panel.twinx()
+        milliseconds.set(ylim=[dense / speed for speed in panel.get_ylim()], ylabel="ms")
+        milliseconds.spines["top"].set_visible(False)
+        log_axis(milliseconds, "y")
     panels[0].legend(*panels[2].get_legend_handles_labels(), loc="lower left", fontsize=9.5, frameon=False)
     return figure
-
-
-def _draw_speed_up(axes: Any, costs: Sequence[CostRow], batch_size: int) -> None:
-    dense, pays_from, words = break_even(costs, batch_size)
-    for method, form in dict.fromkeys((row.method, row.form) for row in costs):
-        rows = [row for row in costs if (row.method, row.form, row.batch_size) == (method, form, batch_size)]
-        k, times = [row.k_percent for row in rows], np.array([row.latency_ms for row in rows])
-        half = np.minimum([row.latency_iqr_ms / 2 for row in rows], 0.9 * times)  # no bar ends at infinity
-        color, width, size = ("0.6", 1, 3) if form == "dense" else (COLORS[method], 2, 5)
-        label = f"{NAMES[method]}, {form}" + " kernels" * (form != "shrunk")
-        axes.plot(k, dense / times, MARKERS[method] + "-", c=color, linewidth=width, markersize=size, label=label)
-        axes.vlines(k, dense / (times + half), dense / (times - half), color, linewidth=1)
-    if pays_from is not None:
-        axes.axvline(pays_from, color=COLORS["weight"], linewidth=1, linestyle=(0, (4, 3)), zorder=0)
-    axes.set_title(words, fontsize=9.5, color=COLORS["weight"])
-    axes.set_ylabel(f"times as fast as dense (batch {batch_size})")
-    log_axis(axes, "y")
-    milliseconds = axes.twinx()
-    milliseconds.set(ylim=[dense / speed for speed in axes.get_ylim()], ylabel="ms")
-    milliseconds.spines["top"].set_visible(False)
-    log_axis(milliseconds, "y")
