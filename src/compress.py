@@ -56,14 +56,12 @@ def shrink(model: nn.Module) -> nn.Module:
                 read[:1] = True
                 for parameter in (*modules[0].parameters(), following.weight):
                     parameter.zero_()
-            for tensor in (*modules.parameters(), *modules.buffers()):
-                if tensor.dim():  # all but BatchNorm's count of batches
-                    tensor.data = tensor[read]
+            for tensor in filter(Tensor.dim, (*modules.parameters(), *modules.buffers())):  # not BatchNorm's counter
+                tensor.data = tensor[read]
             following.weight.data = following.weight[:, read]
             modules[0].out_features = following.in_features = int(read.sum())
-            for norm in modules[1:]:
-                if isinstance(norm, nn.BatchNorm1d):
-                    norm.num_features = following.in_features
+            for norm in (module for module in modules if isinstance(module, nn.BatchNorm1d)):
+                norm.num_features = following.in_features
     return smaller
 
 
@@ -231,8 +229,7 @@ def load_compressed(path: str | Path) -> tuple[Values, Values]:
     Checksums are verified, nothing in the file is executed, and it may unpack to 1 GiB or to 128 times its size: 99 %
     of zeros make 80, a hostile file as much as 1,032. Raises: ValueError: it is damaged, foreign, or asks for more.
     """
-    path = Path(path)
-    content = path.read_bytes() if path.is_file() or not path.exists() else b""  # a FIFO would be waited for
+    content = Path(path).read_bytes() if Path(path).is_file() or not Path(path).exists() else b""  # waits for no FIFO
     limit = max(UNPACKED, 128 * len(content))
     try:
         if not content.startswith(b"PK"):  # torch.save's own is not packed
@@ -242,8 +239,9 @@ def load_compressed(path: str | Path) -> tuple[Values, Values]:
                 raise ValueError("something follows the end, or there is none within the limit")
         return _read(content, limit)
     except Exception:  # of many types; torch's words advise to execute the file
-        wrong = f"is damaged, not from save_compressed, or asks for more than {limit:,} bytes"
-        raise ValueError(f"{str(path)!r} {wrong}") from None
+        raise ValueError(
+            f"{str(path)!r} is damaged, not from save_compressed, or asks for over {limit:,} bytes"
+        ) from None
 
 
 def _read(content: bytes, limit: float) -> tuple[Values, Values]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -36,8 +35,7 @@ class CostRow:
 def measure_costs(model: nn.Module, rows: Sequence[Row], images: Tensor, **pruning: Any) -> list[CostRow]:
     """Measure what the network of every row costs in each form that suits it, at each batch size, all in turns.
 
-    The rows are of `model`, by weights or by units, pruned as `pruning` says: `scope`, `skip`, … of `prune_model`.
-    `images` are (B, …) with B of 256 or more, on the model's device. A terminal shows how far it is.
+    `pruning` is how: `scope`, `skip`, … of `prune_model`. `images` are (256 or more, …), on the model's device.
     """
     turns: list[tuple[CostRow, nn.Module, list[Any]]] = []
     dense_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
@@ -63,8 +61,8 @@ def break_even(costs: Sequence[CostRow], batch_size: int) -> tuple[float, float 
     if any(row.latency_iqr_ms > BUSY * row.latency_ms for row in rows if row.method == "weight"):
         return dense, None, "the machine is busy: no conclusion"
     times = {(row.form, row.k_percent): row.latency_ms for row in rows}
-    ks = sorted((k for form, k in times if form == "sparse"), reverse=True)
-    found = min(takewhile(lambda k: times["sparse", k] < times["dense", k], ks), default=None)
+    slower = max((k for form, k in times if form == "sparse" and times[form, k] >= times["dense", k]), default=-1)
+    found = min((k for form, k in times if form == "sparse" and k > slower), default=None)
     return dense, found, "sparse kernels do not pay" if found is None else f"sparse kernels pay from k = {found:g} % on"
 
 
