@@ -100,9 +100,8 @@ def to_sparse(model: nn.Module) -> nn.Module:
     """Copy a model for inference, so that it skips the zeros of every nn.Linear of which two thirds or more are zero.
 
     It pays for pruned weights (after unit pruning, `shrink` alone is faster) and batches of 32 and more, most in chains
-    as `shrink` takes them. The copy is in eval mode and without gradients, its outputs for finite inputs are those of
-    `model`, to rounding. Subclasses of nn.Linear, layers with hooks and what nn.MultiheadAttention reads stay dense.
-    Save `model`: a non-zero fp32 weight of the copy takes 32 bytes. Raises: ValueError: weights still to be computed.
+    as `shrink` takes them. The copy is in eval mode, without gradients and, for finite inputs, exact to rounding; it is
+    not for files. Subclasses of nn.Linear, layers with hooks and what nn.MultiheadAttention reads stay dense.
 
     >>> to_sparse(nn.Linear(784, 100).apply(lambda layer: nn.init.zeros_(layer.weight[20:])))
     SparseLinear(in_features=784, out_features=100, bias=True)
@@ -147,8 +146,7 @@ class SparseLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """(out_features, in_features), dense and made at every reading, for models that read it."""
-        place = torch.arange(self.values.shape[1], device=self.values.device)
-        rows = torch.bucketize(place, self.starts[0], right=True) - 1  # (nonzero,)
+        rows = torch.repeat_interleave(self.starts.flatten()[: self.out_features + 1].diff())  # (nonzero,)
         dense = self.values.new_zeros(self.out_features, self.in_features)
         return dense.index_put_((rows, self.columns[0]), self.values[0])
 
@@ -261,9 +259,7 @@ def _read(content: bytes, limit: float) -> tuple[Values, Values]:
 
 
 def latency(model: nn.Module, batch: Tensor, min_run_time: float = 0.5) -> "torch.utils.benchmark.Measurement":
-    """Time ``model(batch)`` for inference, in the mode it is in, on torch's current threads, synchronized with CUDA.
-
-    `min_run_time` and, for a batch, ``.median`` and ``.iqr`` (between the quartiles) of the result are in seconds.
+    """Time inference in the mode that `model` is in: ``.median`` and ``.iqr`` (between quartiles) are seconds a batch.
 
     >>> latency(nn.Linear(784, 100), torch.rand(256, 784), min_run_time=0.01).median < 1
     True
