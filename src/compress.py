@@ -1,40 +1,29 @@
-"""Make the zeros pay: smaller networks, sparse kernels, small files, and the time that each takes.
-
-A mask makes nothing smaller or faster by itself. `shrink` removes pruned units, `to_sparse` skips pruned weights,
-`save_compressed` stores neither. This file needs nothing but torch: copy it beside any notebook.
-"""
+"""Make zeros pay: smaller networks, sparse kernels, small files. Needs torch alone: copy it beside any notebook."""
 
 import copy
 import gzip
 import io
-import os
-import warnings
 import zipfile
 import zlib
-from collections.abc import Collection
 from functools import partial
-from itertools import groupby, pairwise
+from itertools import dropwhile, pairwise, takewhile
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
 
-ELEMENTWISE = (  # in eval mode; of nn.Sequential, empty ones
+ELEMENTWISE = (  # in eval mode
     *(nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.Identity, nn.LeakyReLU),
     *(nn.LogSigmoid, nn.Mish, nn.ReLU, nn.ReLU6, nn.SELU, nn.Sigmoid, nn.SiLU, nn.Softplus, nn.Softshrink),
-    *(nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold, nn.Dropout, nn.AlphaDropout, nn.Sequential),
+    *(nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold, nn.Dropout, nn.AlphaDropout),
 )
 SPARSE_DENSITY = 1 / 3  # measured on batches of 32 and more: sparse wins below 0.3 to 0.45, with AVX2 and with AVX-512
-SUM_BATCH = 16 if torch.backends.mkl.is_available() else 0  # from here on, summing rows beats MKL's CSR product
 UNPACKED = 2**30  # bytes that any file may unpack to
 PARTS, WIDTH = 4, 64  # 64 values of each of 1,000 features, 256 kB, stay in the cache of a core
-CACHED = 2**18  # values of all features, 1 MB, that a layer by itself takes at once
 
-Weights = nn.Module | dict[str, Any]  # a model or its state_dict
-
-with warnings.catch_warnings(action="ignore"):  # torch calls CSR tensors a beta feature, once a process
-    torch.sparse_csr_tensor([0, 0], [], [], (1, 1), dtype=torch.float32, device="cpu")
+Values = dict[str, Any]  # by name
+Weights = nn.Module | Values  # a model or its state_dict
 
 
 def shrink(model: nn.Module) -> nn.Module:
@@ -43,85 +32,65 @@ def shrink(model: nn.Module) -> nn.Module:
     A unit goes when its outgoing weights are all zero, or its incoming ones: the constant that it then sends moves into
     the biases of the next layer (without biases, only units that send zero go). One unit of every layer stays. An MLP
     is an nn.Sequential, nested or not, or has a method ``chain()`` that returns its modules in running order: Linear,
-    with elementwise layers, Flatten and BatchNorm1d between, and anything after the last one.
+    with elementwise layers, Flatten and BatchNorm1d between, anything after the last. Raises: ValueError: other models.
 
-    Raises:
-        ValueError: another kind of model, layers that do not fit, or NaN or infinite weights.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, 10))
-        >>> _ = nn.init.zeros_(model[0].weight[:75])
-        >>> shrink(model)[0]
-        Linear(in_features=784, out_features=25, bias=True)
+    >>> model = nn.Sequential(nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, 10))
+    >>> _ = nn.init.zeros_(model[0].weight[:75])
+    >>> shrink(model)[0]
+    Linear(in_features=784, out_features=25, bias=True)
     """
-    _links(model)  # what cannot be copied is refused as well
-    smaller = copy.deepcopy(model)
-    links = _links(smaller)
+    smaller, links = copy.deepcopy((model, _links(model)))  # one copy of both: the links are those of `smaller`
     with torch.no_grad():
         for modules, following in links:
             constant = modules[0].weight.eq(0).all(1).cpu()  # (units,): no input reaches them
-            sends = torch.zeros(1, modules[0].in_features, dtype=torch.float64, device="cpu")  # not under autocast
-            for module in modules:  # to (1, units)
-                sends = copy.deepcopy(module).to("cpu", torch.float64).eval()(sends)
-            if sends.shape != (1, following.in_features):
-                raise ValueError(f"{len(constant)} units do not fit a Linear layer of {following.in_features} inputs")
-            if following.bias is None:
-                constant &= sends[0].eq(0)
-            else:
-                moved = following.weight.cpu().double()[:, constant] @ sends[0, constant]
+            zeros = torch.zeros(1, modules[0].in_features, dtype=torch.float64, device="cpu")  # which autocast spares
+            sent = copy.deepcopy(modules).to("cpu", torch.float64).eval()(zeros)[0]  # (units,)
+            constant &= sent.eq(0) | (following.bias is not None)
+            if following.bias is not None:
+                moved = following.weight.cpu().double()[:, constant] @ sent[constant]
                 following.bias.copy_(following.bias.cpu().double() + moved)
-            _keep_units(modules, following, ~constant)
-        for modules, following in reversed(links):  # once each way is enough: unread units feed no kept unit
-            _keep_units(modules, following, following.weight.ne(0).any(0))
+            following.weight[:, constant] = 0
+        for modules, following in reversed(links):  # backwards, as units that are not read feed none that stay
+            read = following.weight.ne(0).any(0)  # (units,)
+            if not read.any():  # initializers, exporters and kernels do not take empty layers well: one unit stays
+                read[:1] = True
+                for parameter in (*modules[0].parameters(), following.weight):
+                    parameter.zero_()
+            for tensor in filter(Tensor.dim, (*modules.parameters(), *modules.buffers())):  # not BatchNorm's counter
+                tensor.data = tensor[read]
+            following.weight.data = following.weight[:, read]
+            modules[0].out_features = following.in_features = int(read.sum())
+            for norm in (module for module in modules if isinstance(module, nn.BatchNorm1d)):
+                norm.num_features = following.in_features
     return smaller
 
 
-def _links(model: nn.Module) -> list[tuple[list[Any], Any]]:
-    """Each Linear layer of an MLP with what stands between it and the following one, and that one."""
-    cure = "Torch-Pruning (pip install torch-pruning) cuts convolutional, residual and attention networks"
-    if (chain := _chain(model)) is None:
-        raise ValueError(f"a {type(model).__name__} is no nn.Sequential and has no chain(): {cure}")
-    names = {id(module): f"{name} is a {type(module).__name__}" for name, module in model.named_modules()}
-    positions = [position for position, module in enumerate(chain) if isinstance(module, nn.Linear)] or [len(chain)]
-    for position, module in enumerate(chain[: positions[-1] + 1]):
-        known = _is_plain(module, (nn.Linear, nn.Flatten, nn.BatchNorm1d, *ELEMENTWISE))
-        if not known and (position >= positions[0] or any(True for _ in module.parameters())):
-            remedy = "make its weights permanent (torch.nn.utils.prune.remove)" if position in positions else cure
-            raise ValueError(f"{names.get(id(module), type(module).__name__)}, which cannot be cut: {remedy}")
+def _links(model: nn.Module) -> list[tuple[Any, Any]]:
+    """Each Linear layer of an MLP with what stands between it and the following one, and that one; or ValueError."""
+    cure = "make computed weights permanent (torch.nn.utils.prune.remove); for other models, see Torch-Pruning on PyPI"
+    names = {module: name for name, module in model.named_modules()}
+    chain = list(dropwhile(lambda module: not [*module.parameters()], _chain(model)))  # a Flatten may come first
+    linear = [place for place, module in enumerate(chain) if isinstance(module, nn.Linear)]
+    for module in chain[: max(linear, default=len(chain)) + 1]:
+        if not _is_plain(module, {nn.Linear, nn.Flatten, nn.BatchNorm1d, *ELEMENTWISE}):
+            raise ValueError(f"{names.get(module) or 'it'} is a {type(module).__name__}, which cannot be cut: {cure}")
     parameters = [parameter for module in chain for parameter in module.parameters()]
     if len(set(parameters)) < len(parameters):
         raise ValueError("layers share parameters: no unit of one can go without that of the other")
     if wrong := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
         raise ValueError(f"{wrong[0]} has NaN or infinite values: removing units could hide them")
-    return [(chain[position:after], chain[after]) for position, after in pairwise(positions)]
+    return [(nn.Sequential(*chain[place:after]), chain[after]) for place, after in pairwise(linear)]
 
 
-def _keep_units(modules: list[Any], following: nn.Linear, keep: Tensor) -> None:
-    """Cut modules[0] and all that reads its units, up to `following`, to those in `keep` (units,), in place."""
-    if not keep.any():  # initializers, exporters and kernels do not take empty layers well: one unit stays
-        keep = torch.arange(len(keep), device="cpu") == 0
-        for parameter in (*modules[0].parameters(), following.weight):
-            parameter.zero_()
-    units = keep.nonzero().squeeze(1).to(following.weight.device)
-    for module in modules:
-        for tensor in (*module.parameters(), *module.buffers()):
-            if tensor.dim():  # all but BatchNorm's count of batches
-                tensor.data = tensor.index_select(0, units)
-        if isinstance(module, nn.BatchNorm1d):
-            module.num_features = len(units)
-    following.weight.data = following.weight.index_select(1, units)
-    modules[0].out_features = following.in_features = len(units)
-
-
-def _chain(model: Any) -> list[Any] | None:
-    """The modules of a model in running order, nested chains laid flat; None if it does not run one after another."""
+def _chain(model: Any) -> list[Any]:
+    """The modules of a model in running order, nested chains laid flat; the model alone if it is none."""
     own = callable(getattr(type(model), "chain", None))
-    if not own and getattr(type(model), "forward", None) is not nn.Sequential.forward:
-        return None
-    return [leaf for module in (model.chain() if own else model) for leaf in (_chain(module) or [module])]
+    if own or getattr(type(model), "forward", None) is nn.Sequential.forward:
+        return [leaf for module in (model.chain() if own else model) for leaf in _chain(module)]
+    return [model]
 
 
-def _is_plain(module: nn.Module, classes: Collection[type]) -> bool:
+def _is_plain(module: nn.Module, classes: set[type]) -> bool:
     """Whether a module is of one of these classes and nothing more: no subclass, hooks or computed weights."""
     hooks = module._forward_hooks or module._forward_pre_hooks
     return type(module) in classes and not hooks and vars(module).keys().isdisjoint({"weight", "bias"})
@@ -131,22 +100,15 @@ def to_sparse(model: nn.Module) -> nn.Module:
     """Copy a model for inference, so that it skips the zeros of every nn.Linear of which two thirds or more are zero.
 
     It pays for pruned weights (after unit pruning, `shrink` alone is faster) and batches of 32 and more, most in chains
-    as `shrink` takes them. The copy is in eval mode and without gradients, its outputs for finite inputs are those of
-    `model` in eval mode, to rounding. Subclasses of nn.Linear, layers with hooks or parametrizations and what
-    nn.MultiheadAttention reads by itself stay dense. Save `model`: a non-zero fp32 weight of the copy takes 40 bytes.
+    as `shrink` takes them. The copy is in eval mode, without gradients and, for finite inputs, exact to rounding; it is
+    not for files. Subclasses of nn.Linear, layers with hooks and what nn.MultiheadAttention reads stay dense.
 
-    Raises:
-        ValueError: weights that torch.nn.utils.prune still computes.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, 10))
-        >>> _ = nn.init.zeros_(model[0].weight[:, 20:])
-        >>> to_sparse(model)[0]
-        SparseLinear(in_features=784, out_features=100, bias=True)
+    >>> to_sparse(nn.Linear(784, 100).apply(lambda layer: nn.init.zeros_(layer.weight[20:])))
+    SparseLinear(in_features=784, out_features=100, bias=True)
     """
     copies: dict[int, Any] = {}  # by the id of the original, as deepcopy keeps them: it takes ours for its own
     for layer in model.modules():
-        weight = layer.get_parameter("weight") if _is_plain(layer, (nn.Linear,)) else torch.empty(0, device="cpu")
+        weight = layer.get_parameter("weight") if _is_plain(layer, {nn.Linear}) else torch.empty(0, device="cpu")
         if weight.is_floating_point() and weight.count_nonzero() <= SPARSE_DENSITY * weight.numel() > 0:
             copies[id(layer)] = SparseLinear(layer)
     try:
@@ -154,22 +116,21 @@ def to_sparse(model: nn.Module) -> nn.Module:
     except RuntimeError as error:  # torch copies no tensors that are computed from others
         raise ValueError("make computed weights permanent first (torch.nn.utils.prune.remove)") from error
     for module in model.modules():
-        chain = [leaf.eval() for leaf in _chain(module) or []]
-        if any(isinstance(leaf, SparseLinear) for leaf in chain):
+        chain = [leaf.eval() for leaf in _chain(module)]
+        if chain != [module] and any(isinstance(leaf, SparseLinear) for leaf in chain):
             vars(module)["forward"] = partial(_forward_chain, chain)
         elif isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer):
             vars(module).update(activation_relu_or_gelu=0, use_nested_tensor=False)  # torch's fused one reads weights
     return model
 
 
-# Features lie in rows, features x images, so that a weight scales a contiguous row. A chain cuts 256 images into parts
-# of 64 and repeats W (out, in) for each, as blocks of a diagonal matrix: as a thread goes through one part after the
-# other, what it reads stays in the cache of its core, and the next layer takes the parts as they are. That is 1.5 to 2
-# times as fast as turning the images in between.
-
-
 class SparseLinear(nn.Linear):
-    """A Linear layer for inference that multiplies by its non-zero weights only; `to_sparse` makes it."""
+    """A Linear layer for inference that multiplies by its non-zero weights only; `to_sparse` makes it.
+
+    Features lie in rows, features x images, so that a weight scales a contiguous row. A chain cuts 256 images into
+    parts of 64 and repeats W (out, in) for each, as blocks of a diagonal matrix: what a thread reads stays in the cache
+    of its core, and the next layer takes the parts as they are, 1.5 to 2 times as fast as with turns in between.
+    """
 
     def __init__(self, layer: Any) -> None:
         nn.Module.__init__(self)
@@ -177,86 +138,73 @@ class SparseLinear(nn.Linear):
         self.out_features, self.in_features = weight.shape
         self.register_parameter("bias", copy.deepcopy(layer.bias))
         rows, columns = weight.nonzero(as_tuple=True)  # (nonzero,), row by row
-        ends, part = weight.count_nonzero(1).cumsum(0), torch.arange(PARTS, device=weight.device).unsqueeze(1)
-        self.values = nn.Parameter(weight[rows, columns])
-        self.starts, self.columns = nn.Buffer(nn.functional.pad(ends, (1, 0)).int()), nn.Buffer(columns.int())
-        # The same for all parts; int32, as MKL copies wider indices.
-        self.part_values = nn.Buffer(self.values.detach().repeat(PARTS))
-        self.part_starts = nn.Buffer(nn.functional.pad((ends + len(rows) * part).flatten(), (1, 0)).int())
-        self.part_columns = nn.Buffer((columns + self.in_features * part).flatten().int())
-
-    def csr(self) -> Tensor:
-        """The weights as one tensor (out_features, in_features), made at every call: torch cannot copy such tensors."""
-        shape = (self.out_features, self.in_features)
-        return torch.sparse_csr_tensor(self.starts, self.columns, self.values, shape, device=self.values.device)
+        counts, part = weight.count_nonzero(1), torch.arange(PARTS, device=weight.device).unsqueeze(1)
+        self.values = nn.Parameter(weight[rows, columns].repeat(PARTS, 1))  # (parts, nonzero)
+        self.columns = nn.Buffer((columns + self.in_features * part).int())  # (parts, nonzero)
+        self.starts = nn.Buffer((counts.cumsum(0) - counts + len(rows) * part).int())  # (parts, out)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """(out_features, in_features), dense and made at every reading, for models that read it."""
-        return self.csr().to_dense()
+        rows = torch.repeat_interleave(self.starts.flatten()[: self.out_features + 1].diff())  # (nonzero,)
+        dense = self.values.new_zeros(self.out_features, self.in_features)
+        return dense.index_put_((rows, self.columns[0]), self.values[0])
 
     def forward(self, input: Tensor, *following: Any) -> Tensor:
         """(…, in_features) through this layer and the sparse and elementwise ones that follow, to (…, out_features)."""
-        inputs, dtype, device = self.in_features, self.values.dtype, input.device.type
-        if input.shape[-1] != inputs:
-            raise ValueError(f"expected {inputs} features, got {input.shape[-1]}")
-        if torch.is_autocast_enabled(device) and dtype != torch.float64:
-            with torch.autocast(device, enabled=False):  # the sums have no kernel of mixed types
-                return self.forward(input.to(dtype), *following).to(torch.get_autocast_dtype(device))
-        most, outputs = PARTS * WIDTH if following else min(max(CACHED // inputs, WIDTH), PARTS * WIDTH), []
-        for images in input.reshape(-1, inputs).split(most):  # (B, in)
-            parts = max(1, -(-len(images) // WIDTH)) if following else 1
-            padding = -len(images) % parts
-            padded = nn.functional.pad(images, (0, 0, 0, padding)) if padding else images
-            turned = padded.unflatten(0, (parts, -1)).transpose(1, 2).contiguous()  # (parts, in, B / parts)
-            blocks = self.multiply(turned.flatten(0, 1))
-            for layer in following:
-                if type(layer) is nn.ReLU:
-                    blocks.relu_()  # memory that is new costs more than the sums
-                else:
-                    blocks = layer.multiply(blocks) if isinstance(layer, SparseLinear) else layer(blocks)
-            outputs.append(blocks.unflatten(0, (parts, -1)).transpose(1, 2).flatten(0, 1)[: len(images)])
-        output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        images = input.reshape(input.shape[:-1].numel(), self.in_features).to(self.values.dtype)  # (B, in)
+        if len(images) > PARTS * WIDTH:
+            outputs = [self.forward(some, *following) for some in images.split(PARTS * WIDTH)]
+            return torch.cat(outputs).unflatten(0, input.shape[:-1])
+        parts = max(1, -(-len(images) // WIDTH)) if following else 1  # one by itself need not be turned back
+        padding = -len(images) % (2 * parts)  # sums of rows of one value take twice as long as of two
+        padded = nn.functional.pad(images, (0, 0, 0, padding)) if padding else images
+        blocks = padded.unflatten(0, (parts, -1)).transpose(1, 2).contiguous().flatten(0, 1)  # (parts * in, width)
+        for layer in (self, *following):
+            if isinstance(layer, SparseLinear):  # the kernel sums weighted rows (0: sum), far faster than CSR products
+                tables = layer.columns, layer.starts, layer.values
+                columns, starts, values = (table[:parts].flatten() for table in tables)
+                blocks, *_ = torch.embedding_bag(blocks, columns, starts, False, 0, False, values)
+                if layer.bias is not None:
+                    blocks.view(parts, layer.out_features, -1).add_(layer.bias.unsqueeze(1))
+            else:  # memory that is new costs more than the sums
+                blocks = blocks.relu_() if type(layer) is nn.ReLU else layer(blocks)
+        output = blocks.unflatten(0, (parts, -1)).transpose(1, 2).flatten(0, 1)[: len(images)]  # (B, out)
+        if torch.is_autocast_enabled(input.device.type) and output.dtype != torch.float64:
+            output = output.to(torch.get_autocast_dtype(input.device.type))
         return output.reshape(*input.shape[:-1], output.shape[1])
-
-    def multiply(self, blocks: Tensor) -> Tensor:
-        """(parts * in_features, width) to (parts * out_features, width), part after part."""
-        parts, width = len(blocks) // self.in_features, blocks.shape[1]
-        if parts == 1 and width < SUM_BATCH and blocks.dtype in (torch.float32, torch.float64):
-            product = (self.csr() @ blocks.squeeze(1)).view(self.out_features, width)  # by a vector, it is faster still
-        else:  # a kernel made to sum weighted rows is several times faster than the CSR product
-            starts, used = self.part_starts[: parts * self.out_features + 1], parts * len(self.values)
-            columns, values = self.part_columns[:used], self.part_values[:used]
-            product = torch.embedding_bag(blocks, columns, starts, False, 0, False, values, True)[0]  # 0: sum
-        if self.bias is not None:
-            product.view(parts, self.out_features, width).add_(self.bias.unsqueeze(1))
-        return product
 
 
 def _forward_chain(chain: list[Any], features: Tensor) -> Tensor:
     """The forward of a chain, (…) to (…): a sparse layer and the sparse and elementwise ones after it run as one."""
-    classes = {SparseLinear, *ELEMENTWISE}
-    for fused, group in groupby(chain, lambda layer: _is_plain(layer, classes)):
-        layers = list(group)
-        while layers and not (fused and isinstance(layers[0], SparseLinear)):
-            features = layers.pop(0)(features)
-        features = layers[0](features, *layers[1:]) if layers else features
+    joins = partial(_is_plain, classes={SparseLinear, *ELEMENTWISE})
+    while chain:
+        layer, *chain = chain
+        following = list(takewhile(joins, chain)) if _is_plain(layer, {SparseLinear}) else []
+        features, chain = layer(features, *following), chain[len(following) :]
     return features
 
 
-def save_compressed(
-    model_or_state_dict: Weights, path: str | Path | IO[bytes], info: dict[str, Any] | None = None
-) -> None:
+def save_compressed(model_or_state_dict: Weights, path: str | Path | IO[bytes], info: Values | None = None) -> None:
     """Save weights in as few bytes as their zeros allow, every bit kept: gzip of torch.save.
 
-    `path` is of a file to write, in a folder that exists, or a binary file object. `info` are plain values (str, int,
-    float, list, dict, …) to keep with the weights, such as {"accuracy": 0.98}.
+    `path` may be a binary file object. `info` are plain values (str, int, float, list, dict, …) to keep with the
+    weights. Raises: ValueError: what cannot be stored, before anything is written.
 
-    Raises:
-        ValueError: what is no model or state_dict, or does not hold plain data; then nothing is written.
-        OSError: the file cannot be written.
+    >>> save_compressed({"fc1": torch.eye(100)}, io.BytesIO(), info={"accuracy": 0.98})
     """
-    packed = _pack(model_or_state_dict, info)
+    state = model_or_state_dict.state_dict() if isinstance(model_or_state_dict, nn.Module) else model_or_state_dict
+    state, content = copy.copy(state), io.BytesIO()  # copied with the versions that torch keeps in an attribute
+    try:
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                tensor = value.detach().cpu()  # without what else is in its memory:
+                state[name] = tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+        torch.save({"state_dict": state, "info": {} if info is None else info}, content)
+        _read(content.getvalue(), float("inf"))
+    except Exception:
+        raise ValueError("only dense tensors by name and plain values (str, int, list, …) can be stored") from None
+    packed = gzip.compress(content.getbuffer(), 6, mtime=0)  # level 9 makes it 2 % smaller in eight times the time
     if isinstance(path, str | Path):
         Path(path).write_bytes(packed)
     else:
@@ -266,82 +214,55 @@ def save_compressed(
 def stored_bytes(model_or_state_dict: Weights) -> int:
     """Size in bytes of the file that ``save_compressed(model_or_state_dict, path)`` writes.
 
-    Example:
-        >>> stored_bytes({"fc1": torch.eye(100)}) < stored_bytes({"fc1": torch.rand(100, 100)}) / 20
-        True
+    >>> stored_bytes({"fc1": torch.eye(100)}) < stored_bytes({"fc1": torch.rand(100, 100)}) / 20
+    True
     """
-    return len(_pack(model_or_state_dict, None))
+    save_compressed(model_or_state_dict, file := io.BytesIO())
+    return file.tell()
 
 
-def load_compressed(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def load_compressed(path: str | Path) -> tuple[Values, Values]:
     """Load the state_dict, on the CPU, and `info` from a file of `save_compressed` or a state_dict of torch.save.
 
-    Checksums are verified, and nothing in the file is executed. It may unpack to 1 GiB, or to 128 times its size where
-    that is more: a network of which 99 % are zero unpacks to 80 times, a hostile file to as much as 1,032 times.
-
-    Raises:
-        ValueError: the file is cut short, damaged, not one of these, or asks for more memory.
-        OSError: the file cannot be read.
+    Checksums are verified, nothing in the file is executed, and it may unpack to 1 GiB or to 128 times its size: 99 %
+    of zeros make 80, a hostile file as much as 1,032. Raises: ValueError: it is damaged, foreign, or asks for more.
     """
-    if Path(path).exists() and not Path(path).is_file():
-        raise ValueError(f"{str(path)!r} is no regular file, so not from save_compressed")
-    with Path(path).open("rb") as file:
-        limit = max(UNPACKED, 128 * os.fstat(file.fileno()).st_size)
-        try:
-            if file.peek(2)[:2] == b"PK":  # torch.save's own, not packed
-                return _read(file, limit)
-            unpacker, content = zlib.decompressobj(wbits=31), io.BytesIO()  # 31: gzip, with its checksum
-            while not unpacker.eof and content.tell() <= limit and (packed := file.read(2**13)):
-                content.write(unpacker.decompress(packed))  # 8 MB at most
-            if unpacker.eof and not unpacker.unused_data and not file.read(1):
-                return _read(content, limit)
-        except OSError:  # the disk failed, not the file
-            raise
-        except Exception:  # of many types; torch's words advise to execute the file
-            pass
-    raise ValueError(f"{str(path)!r} is damaged, not from save_compressed, or asks for more than {limit:,} bytes")
-
-
-def _pack(model_or_state_dict: Weights, info: dict[str, Any] | None) -> bytes:
-    state = model_or_state_dict.state_dict() if isinstance(model_or_state_dict, nn.Module) else model_or_state_dict
-    state, content = copy.copy(state), io.BytesIO()  # copied with the versions that torch keeps in an attribute
+    content = Path(path).read_bytes() if Path(path).is_file() or not Path(path).exists() else b""  # waits for no FIFO
+    limit = max(UNPACKED, 128 * len(content))
     try:
-        for name, value in state.items():
-            if isinstance(value, Tensor):
-                tensor = value.detach().cpu()  # without what else is in its memory:
-                state[name] = tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-        torch.save({"state_dict": state, "info": {} if info is None else info}, content)
-        _read(content, 2**63)
-    except Exception:
-        raise ValueError("only dense tensors by name and plain values (str, int, list, …) can be stored") from None
-    return gzip.compress(content.getbuffer(), 6, mtime=0)  # level 9 makes it 2 % smaller in eight times the time
+        if not content.startswith(b"PK"):  # torch.save's own is not packed
+            unpacker = zlib.decompressobj(wbits=31)  # gzip, with its checksum
+            content = unpacker.decompress(content, limit + 1)
+            if unpacker.unused_data or not unpacker.eof:
+                raise ValueError("something follows the end, or there is none within the limit")
+        return _read(content, limit)
+    except Exception:  # of many types; torch's words advise to execute the file
+        raise ValueError(
+            f"{str(path)!r} is damaged, not from save_compressed, or asks for over {limit:,} bytes"
+        ) from None
 
 
-def _read(content: IO[bytes], limit: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read(content: bytes, limit: float) -> tuple[Values, Values]:
     """State_dict and info of an unpacked file, or any exception."""
-    with zipfile.ZipFile(content) as archive:  # torch checks neither sizes nor checksums, nor how long a bytearray is
-        large = sum(entry.file_size for entry in archive.infolist()) > content.seek(0, io.SEEK_END)
-        pickles = [name for name in archive.namelist() if name.endswith(".pkl")]
-        if large or archive.testzip() or any(b"bytearray\n" in archive.read(name) for name in pickles):
-            raise ValueError("it is packed once more, damaged, or asks for any amount of memory")
-    content.seek(0)
-    loaded = torch.load(content, map_location="cpu", weights_only=True)
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:  # torch verifies neither sizes nor checksums, as read() does
+        entries = archive.infolist()
+        packed_again = sum(entry.file_size for entry in entries) > len(content)
+        if packed_again or any(b"bytearray\n" in archive.read(entry) for entry in entries):
+            raise ValueError("a few of its bytes ask for any amount of memory")
+    loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     state, info = (loaded["state_dict"], loaded["info"]) if "state_dict" in loaded else (loaded, {})
     tensors = [value for value in state.values() if isinstance(value, Tensor)]
-    whole = all(tensor.nbytes <= tensor.untyped_storage().nbytes() and tensor.is_cpu for tensor in tensors)
-    if not whole or sum(tensor.nbytes for tensor in tensors) > limit or not isinstance(info, dict):
-        raise ValueError("its tensors are larger than their memory, as strides of 0 make them, or share it")
+    on_cpu = all(tensor.is_cpu for tensor in tensors)  # not "meta", without values
+    if not on_cpu or sum(tensor.nbytes for tensor in tensors) > limit or not isinstance(info, dict):
+        raise ValueError("its tensors have no values, or are too large, as strides of 0 make them")
     return state, info
 
 
 def latency(model: nn.Module, batch: Tensor, min_run_time: float = 0.5) -> "torch.utils.benchmark.Measurement":
-    """Time ``model(batch)`` for inference, in the mode it is in, on torch's current threads, synchronized with CUDA.
+    """Time inference in the mode that `model` is in: ``.median`` and ``.iqr`` (between quartiles) are seconds a batch.
 
-    `min_run_time` is in seconds, ``.median`` and ``.iqr`` (between the quartiles) of the result in seconds a batch.
-
-    Example:
-        >>> latency(nn.Linear(784, 100), torch.rand(256, 784), min_run_time=0.01).median < 1
-        True
+    >>> latency(nn.Linear(784, 100), torch.rand(256, 784), min_run_time=0.01).median < 1
+    True
     """
     from torch.utils.benchmark import Timer  # slow to import, and only measurements need it
 

@@ -2,18 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from compress import SparseLinear, latency, shrink, stored_bytes, to_sparse
+from compress import latency, shrink, stored_bytes, to_sparse
 from prune import prune_model
 from utils import COLORS, MARKERS, NAMES, Row, log_axis, new_figure, stretch_k_axis
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 BATCH_SIZES = (1, 256)  # images
 ROUNDS, ROUND_SECONDS = 5, 0.1  # for every network and batch size
@@ -38,21 +35,19 @@ class CostRow:
 def measure_costs(model: nn.Module, rows: Sequence[Row], images: Tensor, **pruning: Any) -> list[CostRow]:
     """Measure what the network of every row costs in each form that suits it, at each batch size, all in turns.
 
-    The rows are of `model`, by weights or by units, pruned as `pruning` says: `scope`, `skip`, … of `prune_model`.
-    `images` are (B, …) with B of 256 or more, on the model's device. A terminal shows how far it is.
+    `pruning` is how: `scope`, `skip`, … of `prune_model`. `images` are (256 or more, …), on the model's device.
     """
     turns: list[tuple[CostRow, nn.Module, list[Any]]] = []
     dense_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
     for row in rows:
         pruned = prune_model(model, row.method, row.k_percent / 100, **pruning)
         small = shrink(pruned)
-        file_bytes, sparse = stored_bytes(small), to_sparse(small)
-        forms = {"shrunk": small} if row.method == "unit" else {"dense": pruned}
-        if row.method == "weight" and any(isinstance(layer, SparseLinear) for layer in sparse.modules()):
-            forms["sparse"] = sparse
+        file_bytes = stored_bytes(small)
+        forms = {"dense": pruned, "sparse": to_sparse(small)} if row.method == "weight" else {"shrunk": small}
         for form, network in forms.items():
             fields = (row.method, row.k_percent, row.accuracy_percent, form, file_bytes, dense_bytes)
-            turns += [(CostRow(*fields, size), network, []) for size in BATCH_SIZES]
+            if form != "sparse" or "SparseLinear" in str(network):  # few zeros leave all layers dense
+                turns += [(CostRow(*fields, size), network, []) for size in BATCH_SIZES]
     for cost, network, times in tqdm(turns * ROUNDS, "costs", leave=False, disable=None):  # None: only on a terminal
         times.append(latency(network, images[: cost.batch_size], ROUND_SECONDS))
     merged = [(cost, times[0].merge(times)[0]) for cost, _, times in turns]
@@ -66,9 +61,8 @@ def break_even(costs: Sequence[CostRow], batch_size: int) -> tuple[float, float 
     if any(row.latency_iqr_ms > BUSY * row.latency_ms for row in rows if row.method == "weight"):
         return dense, None, "the machine is busy: no conclusion"
     times = {(row.form, row.k_percent): row.latency_ms for row in rows}
-    sparse = [k for form, k in times if form == "sparse"]
-    slower = max((k for k in sparse if times["sparse", k] >= times["dense", k]), default=-1)
-    found = min((k for k in sparse if k > slower), default=None)
+    slower = max((k for form, k in times if form == "sparse" and times[form, k] >= times["dense", k]), default=-1)
+    found = min((k for form, k in times if form == "sparse" and k > slower), default=None)
     return dense, found, "sparse kernels do not pay" if found is None else f"sparse kernels pay from k = {found:g} % on"
 
 
@@ -77,22 +71,22 @@ def format_costs(costs: Sequence[CostRow]) -> str:
     found = {size: break_even(costs, size) for size in sorted({row.batch_size for row in costs})}
     head = "".join(f"{f'batch {size}: ms':>22}{'speed-up':>10}" for size in found)
     lines = [f"{'k %':>13}{'file kB':>9}{'% of dense':>12}{head}", "-" * (34 + len(head))]
+    dense, packed = costs[0].dense_bytes, max(row.stored_bytes for row in costs)
     for method, k in dict.fromkeys((row.method, row.k_percent) for row in costs):
         rows = [row for row in costs if (row.method, row.k_percent) == (method, k)]
-        file, dense = rows[0].stored_bytes, rows[0].dense_bytes
-        line = f"{NAMES[method]:7}{k:6g}{file / 1e3:9,.0f}{100 * file / dense:12.2f}"
+        lines.append(
+            f"{NAMES[method]:7}{k:6g}{rows[0].stored_bytes / 1e3:9,.0f}{100 * rows[0].stored_bytes / dense:12.2f}"
+        )
         for size, (dense_ms, _, _) in found.items():
             best = min((row for row in rows if row.batch_size == size), key=lambda row: row.latency_ms)
             faster = "busy" if best.latency_iqr_ms > BUSY * best.latency_ms else f"{dense_ms / best.latency_ms:.2f}"
-            line += f"{f'{best.form} {best.latency_ms:.3g}':>22}{faster:>10}"
-        lines.append(line)
-    packed = max(row.stored_bytes for row in costs)
+            lines[-1] += f"{f'{best.form} {best.latency_ms:.3g}':>22}{faster:>10}"
     lines.append(f"dense file: {dense / 1e6:.2f} MB, {packed / 1e6:.2f} MB in gzip ({packed / dense:.1%})")
     return "\n".join(lines + [f"batch {size}: {words}" for size, (_, _, words) in found.items()])
 
 
-def plot_cost_sparsity(costs: Sequence[CostRow], title: str) -> "Figure":
-    """Four panels over k: accuracy, file size, and the speed-up over dense, beside milliseconds, at two batch sizes."""
+def plot_cost_sparsity(costs: Sequence[CostRow], title: str) -> Any:
+    """A figure of four panels over k: accuracy, file size, the speed-up over dense, beside ms, at two batch sizes."""
     note = "bars: half the interquartile range of the latency to either side of its median"
     figure, panels = new_figure(2, 2, title, note)
     for panel in panels:
@@ -107,27 +101,23 @@ def plot_cost_sparsity(costs: Sequence[CostRow], title: str) -> "Figure":
     panels[1].set_ylabel(f"file, % of dense ({costs[0].dense_bytes / 1e6:.2f} MB)")
     log_axis(panels[1], "y")
     for panel, size in zip(panels[2:], sorted({row.batch_size for row in costs}), strict=True):
-        _draw_speed_up(panel, costs, size)
+        dense, pays_from, words = break_even(costs, size)
+        for method, form in dict.fromkeys((row.method, row.form) for row in costs):
+            rows = [row for row in costs if (row.method, row.form, row.batch_size) == (method, form, size)]
+            k, times = [row.k_percent for row in rows], np.array([row.latency_ms for row in rows])
+            half = np.minimum([row.latency_iqr_ms / 2 for row in rows], 0.9 * times)  # no bar ends at infinity
+            color, width, dot = ("0.6", 1, 3) if form == "dense" else (COLORS[method], 2, 5)
+            label = f"{NAMES[method]}, {form}" + " kernels" * (form != "shrunk")
+            panel.plot(k, dense / times, MARKERS[method] + "-", c=color, linewidth=width, markersize=dot, label=label)
+            panel.vlines(k, dense / (times + half), dense / (times - half), color, linewidth=1)
+        if pays_from is not None:
+            panel.axvline(pays_from, color=COLORS["weight"], linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+        panel.set_title(words, fontsize=9.5, color=COLORS["weight"])
+        panel.set_ylabel(f"times as fast as dense (batch {size})")
+        log_axis(panel, "y")
+        milliseconds = panel.twinx()
+        milliseconds.set(ylim=[dense / speed for speed in panel.get_ylim()], ylabel="ms")
+        milliseconds.spines["top"].set_visible(False)
+        log_axis(milliseconds, "y")
     panels[0].legend(*panels[2].get_legend_handles_labels(), loc="lower left", fontsize=9.5, frameon=False)
     return figure
-
-
-def _draw_speed_up(axes: Any, costs: Sequence[CostRow], batch_size: int) -> None:
-    dense, pays_from, words = break_even(costs, batch_size)
-    for method, form in dict.fromkeys((row.method, row.form) for row in costs):
-        rows = [row for row in costs if (row.method, row.form, row.batch_size) == (method, form, batch_size)]
-        k, times = [row.k_percent for row in rows], np.array([row.latency_ms for row in rows])
-        half = np.minimum([row.latency_iqr_ms / 2 for row in rows], 0.9 * times)  # no bar ends at infinity
-        color, width, size = ("0.6", 1, 3) if form == "dense" else (COLORS[method], 2, 5)
-        label = f"{NAMES[method]}, {form}" + " kernels" * (form != "shrunk")
-        axes.plot(k, dense / times, MARKERS[method] + "-", c=color, linewidth=width, markersize=size, label=label)
-        axes.vlines(k, dense / (times + half), dense / (times - half), color, linewidth=1)
-    if pays_from is not None:
-        axes.axvline(pays_from, color=COLORS["weight"], linewidth=1, linestyle=(0, (4, 3)), zorder=0)
-    axes.set_title(words, fontsize=9.5, color=COLORS["weight"])
-    axes.set_ylabel(f"times as fast as dense (batch {batch_size})")
-    log_axis(axes, "y")
-    milliseconds = axes.twinx()
-    milliseconds.set(ylim=[dense / speed for speed in axes.get_ylim()], ylabel="ms")
-    milliseconds.spines["top"].set_visible(False)
-    log_axis(milliseconds, "y")
