@@ -67,13 +67,14 @@ def shrink(model: nn.Module) -> nn.Module:
 
 def _links(model: nn.Module) -> list[tuple[Any, Any]]:
     """Each Linear layer of an MLP with what stands between it and the following one, and that one; or ValueError."""
-    cure = "make computed weights permanent (torch.nn.utils.prune.remove); for other models, see Torch-Pruning on PyPI"
+    cure = "Torch-Pruning (pip install torch-pruning) cuts convolutional, residual and attention networks"
+    cure += "; computed weights can be made permanent (torch.nn.utils.prune.remove)"
     names = {module: name for name, module in model.named_modules()}
     chain = list(dropwhile(lambda module: not [*module.parameters()], _chain(model)))  # a Flatten may come first
     linear = [place for place, module in enumerate(chain) if isinstance(module, nn.Linear)]
     for module in chain[: max(linear, default=len(chain)) + 1]:
         if not _is_plain(module, {nn.Linear, nn.Flatten, nn.BatchNorm1d, *ELEMENTWISE}):
-            raise ValueError(f"{names.get(module) or 'it'} is a {type(module).__name__}, which cannot be cut: {cure}")
+            raise ValueError(f"{names.get(module) or 'this'} is a {type(module).__name__}, which cannot be cut: {cure}")
     parameters = [parameter for module in chain for parameter in module.parameters()]
     if len(set(parameters)) < len(parameters):
         raise ValueError("layers share parameters: no unit of one can go without that of the other")
@@ -227,7 +228,9 @@ def load_compressed(path: str | Path) -> tuple[Values, Values]:
     Checksums are verified, nothing in the file is executed, and it may unpack to 1 GiB or to 128 times its size: 99 %
     of zeros make 80, a hostile file as much as 1,032. Raises: ValueError: it is damaged, foreign, or asks for more.
     """
-    content = Path(path).read_bytes() if Path(path).is_file() or not Path(path).exists() else b""  # waits for no FIFO
+    if Path(path).exists() and not Path(path).is_file():  # a FIFO would wait for a writer
+        raise ValueError(f"{str(path)!r} is no regular file")
+    content = Path(path).read_bytes()
     limit = max(UNPACKED, 128 * len(content))
     try:
         if not content.startswith(b"PK"):  # torch.save's own is not packed

@@ -392,7 +392,7 @@ NO_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a list": (lambda path: torch.save([1, 2], path), "is damaged, not from"),
     "a whole model": (lambda path: torch.save(NeuralNetwork((784, 30, 10)), path), "is damaged, not from"),
     "strides of zero": (
-        lambda path: spoil(path, **{"fc1.weight": torch.ones(1, 1).expand(30000, 784)}), "is damaged, not from",
+        lambda path: spoil(path, **{"fc1.weight": torch.ones(1, 1).expand(30000, 784)}), "repeats few values",
     ),
     "sparse": (lambda path: spoil(path, **{"fc1.weight": torch.eye(30, 784).to_sparse()}), "model.bin"),
     "whole numbers": (
