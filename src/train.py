@@ -1,16 +1,11 @@
 """Train a network, prune copies of it at every k %, plot accuracy against sparsity: `python src/train.py`."""
 
 import copy
-import hashlib
 import io
-import json
 import os
 import sys
-import tempfile
-import time
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +13,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for python -m src.train, python -I and symbolic links
 
 import system
-from config import BATCH_SIZE, Config, changed, parse_config, without_effect
+from config import BATCH_SIZE, Config, changed, parse_config
 
 if __name__ == "__main__":  # before torch, whose import takes two seconds: a flag and Ctrl-C are answered at once
     system.begin_program()
@@ -29,6 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 import compress
+import files
 import prune
 import utils
 from costs import format_costs, measure_costs, plot_cost_sparsity
@@ -65,22 +61,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     seeds, rows, first = range(config.seed, config.seed + config.seeds), list[Row](), None
     for seed in seeds[rank::ranks]:
-        if done := read_progress(config, seed):
+        if done := files.read_progress(config, seed):
             rows += done
             continue
         torch.manual_seed(seed)
-        model = NeuralNetwork().to(device) if config.model is None else load_model(config.model, device)
+        model = NeuralNetwork().to(device) if config.model is None else files.load_model(config.model, device)
         if config.model is None:
             train(model, dataset, config, seed)
         done = [row for method in config.methods for row in sweep(model, method, dataset, config, seed)]
         if config.seeds > 1:
-            write_rows(progress_path(config, seed), done)
+            files.write_rows(files.progress_path(config, seed), done)
         rows += done
         first = first or model
 
     if rank:  # rank 0 alone reports
         return 0
-    rows += wait_for_ranks(config, [seed for seed in seeds if seed not in seeds[::ranks]])
+    rows += files.wait_for_ranks(config, [seed for seed in seeds if seed not in seeds[::ranks]])
     return report(rows, first, dataset, config)
 
 
@@ -98,7 +94,7 @@ def train(model: nn.Module, dataset: Dataset, config: Config, seed: int) -> None
         testing = evaluate(model, dataset)
         say(f"Epoch:{epoch}/{config.epochs}, Training Set Accuracy: {training:.2%}, {what} Set Accuracy: {testing:.2%}")
     if seed == config.seed:
-        save_model(model, config, {"training_percent": 100 * training, f"{what.lower()}_percent": 100 * testing})
+        files.save_model(model, config, {"training_percent": 100 * training, f"{what.lower()}_percent": 100 * testing})
 
 
 def finetune(model: nn.Module, method: str, k: float, dataset: Dataset, config: Config, seed: int) -> nn.Module:
@@ -158,12 +154,7 @@ def sweep(model: nn.Module, method: str, dataset: Dataset, config: Config, seed:
         kept = sum(int(weight.count_nonzero()) for weight in network.parameters())
         rows.append(Row(origin, method, config.scope, k, 100 * point.achieved, kept, accuracy, finetuned))
         if (method, k) in config.keep and seed == config.seed:
-            buffer, path = io.BytesIO(), output(config, f"{method}_{k:.15g}.bin")
-            info = {"method": method, "k_percent": k, "weights_kept": kept}
-            info["accuracy_percent"] = accuracy if finetuned is None else finetuned
-            compress.save_compressed(network, buffer, {**info, **describe(config)})
-            system.write_file(path, buffer.getvalue())
-            say(f"wrote {path}")
+            files.save_pruned(network, config, rows[-1])
     return rows
 
 
@@ -178,7 +169,7 @@ def pruning(config: Config) -> dict[str, Any]:
 def report(rows: list[Row], first: nn.Module | None, dataset: Dataset, config: Config) -> int:
     """CSV, table, facts and plots of all seeds, and the costs of the first network; returns the exit status."""
     rows = sorted(rows, key=lambda row: row.seed or 0)  # ranks and stopped runs bring them in other orders
-    write_rows(output(config, "accuracy_sparsity.csv"), rows)
+    files.write_rows(files.output(config, "accuracy_sparsity.csv"), rows)
     say(f"{utils.format_table(rows)}\n{utils.format_facts(rows)}")
     text = title(dataset, config)
     published = utils.LENET_300_100 if config.finetune_epochs and dataset.name == "mnist" else ()  # retrained as well
@@ -187,32 +178,18 @@ def report(rows: list[Row], first: nn.Module | None, dataset: Dataset, config: C
     if config.costs and first is not None:
         own = [row for row in rows if row.seed == rows[0].seed and row.method in ("weight", "unit")]
         costs = measure_costs(first, own, dataset.test_images, **pruning(config))
-        write_rows(output(config, "cost_sparsity.csv"), costs)
+        files.write_rows(files.output(config, "cost_sparsity.csv"), costs)
         say(format_costs(costs))
         drawn &= draw(config, "cost_sparsity", lambda: plot_cost_sparsity(costs, text))
-    made = output(config, "model.bin")
-    for path in result_files(config) if config.model is None and made.exists() else ():
+    made = files.output(config, "model.bin")
+    for path in files.result_files(config) if config.model is None and made.exists() else ():
         if path.stat().st_mtime < made.stat().st_mtime:
             say(f"{path} is of an earlier network")
     announce_fallback(dataset)
     if drawn:  # else the same command goes on from here
         for seed in range(config.seed, config.seed + config.seeds):
-            progress_path(config, seed).unlink(missing_ok=True)
+            files.progress_path(config, seed).unlink(missing_ok=True)
     return 0 if drawn else 1
-
-
-def write_rows(path: Path, rows: Sequence[Any]) -> None:
-    """Write a CSV; where its folder takes no file, write it elsewhere and say where in the error."""
-    try:
-        utils.write_csv(path, rows)
-    except OSError as error:
-        try:
-            rescued = Path(tempfile.mkdtemp()) / path.name
-            utils.write_csv(rescued, rows)
-        except OSError:
-            raise error from None
-        raise OSError(f"{error}; the rows are in {rescued}") from error
-    say(f"wrote {path}")
 
 
 def draw(config: Config, name: str, plot: Callable[[], Any]) -> bool:
@@ -220,7 +197,7 @@ def draw(config: Config, name: str, plot: Callable[[], Any]) -> bool:
     try:
         figure = plot()
         for suffix in filter(None, ("png", config.format)):
-            utils.save_figure(path := output(config, f"{name}.{suffix}"), figure)
+            utils.save_figure(path := files.output(config, f"{name}.{suffix}"), figure)
             say(f"wrote {path}")
         return True
     except Exception as error:  # people's own settings of matplotlib fail in ways of their own
@@ -248,8 +225,8 @@ def announce(dataset: Dataset, config: Config) -> None:
     say(f"{title(dataset, config)}; {len(dataset.train_labels):,} training images")
     training = f", training in {config.precision}" * (config.model is None or config.finetune_epochs > 0)
     say(f"{machine['hardware']}, threads: {machine['threads']}{training}")
-    used = {progress_path(config, seed) for seed in range(config.seed, config.seed + config.seeds)}
-    for path in sorted({*config.plots.glob(output(config, "accuracy_*.unfinished").name)} - used):
+    used = {files.progress_path(config, seed) for seed in range(config.seed, config.seed + config.seeds)}
+    for path in sorted({*config.plots.glob(files.output(config, "accuracy_*.unfinished").name)} - used):
         say(f"{path} is of a stopped run with other settings or versions, and is not used")
     if 0 < config.k[-1] <= 1:
         say(f"warning: k is in %: did you mean {' '.join(f'{100 * k:g}' for k in config.k)}?")
@@ -269,105 +246,12 @@ def check_outputs(config: Config) -> None:
         probe = folder / f".{os.urandom(8).hex()}.tmp"
         system.write_file(probe, b"")
         probe.unlink()
-    for path in result_files(config):
+    for path in files.result_files(config):
         if path.exists() and not path.is_file():
             raise FileExistsError(f"{path} is in the way: a folder or device, not a file")
-    kept = [output(config, f"{method}_{k:.15g}.bin").resolve() for method, k in config.keep]
+    kept = [files.output(config, f"{method}_{k:.15g}.bin").resolve() for method, k in config.keep]
     if config.model is not None and config.model.resolve() in kept:
         raise FileExistsError(f"--keep would overwrite {config.model}, which --model reads: choose another --models")
-
-
-# ── files ──
-
-
-def output(config: Config, name: str) -> Path:
-    """Where a run writes a file: networks and what describes them to one folder, numbers and plots to the other."""
-    prefix = f"{config.dataset}_{'holdout_' * config.holdout}"
-    if name.endswith((".bin", ".json")):
-        return config.models / f"{prefix}{name}"
-    return config.plots / (name if prefix == "mnist_" else f"{prefix}{name}")
-
-
-def result_files(config: Config) -> list[Path]:
-    """What in the output folders is named as a run's files are."""
-    names = ("model.bin", "model.json", "unit_*.bin", "weight_*.bin", "accuracy_*.csv", "accuracy_*.[ps]*", "cost_*.*")
-    patterns = [output(config, name) for name in names]
-    return sorted(path for pattern in patterns for path in pattern.parent.glob(pattern.name))
-
-
-def describe(config: Config) -> dict[str, Any]:
-    """The settings and versions that the numbers depend on beside the seed, as JSON holds them."""
-    others = {*without_effect(config), "inputs", "models", "plots", "format", "costs", "keep"}
-    settings = {name: value for name, value in asdict(config).items() if name not in others}
-    versions = system.describe_machine(torch.device(config.device))
-    return json.loads(json.dumps({"settings": settings, "versions": versions}, default=str))
-
-
-def save_model(model: nn.Module, config: Config, accuracy: dict[str, float]) -> None:
-    """Write the weights, then a JSON that says how they came about and names the digest of the file it describes."""
-    buffer, path = io.BytesIO(), output(config, "model.bin")
-    torch.save({name: weight.cpu() for name, weight in model.state_dict().items()}, buffer)
-    system.write_file(path, buffer.getvalue())
-    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
-    facts = {"sha256": digest, "seed": config.seed, "accuracy": accuracy, **describe(config)}
-    system.write_file(path.with_suffix(".json"), f"{json.dumps(facts, indent=2)}\n".encode())
-    say(f"wrote {path}")
-
-
-def load_model(path: Path, device: torch.device) -> nn.Module:
-    """The network in a model file: a state_dict as a run or torch.save wrote it, or a kept one."""
-    state, _ = compress.load_compressed(path)
-    about = path.with_suffix(".json")
-    if about.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() not in about.read_text(errors="replace"):
-        warnings.warn(f"{about} does not describe {path}: one of them was damaged, or is of another run", stacklevel=2)
-    try:
-        model = NeuralNetwork.from_state_dict(state).float()
-        NeuralNetwork.from_state_dict(model.state_dict())  # finite in float32, too
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    if (model.sizes[0], model.sizes[-1]) != (784, 10):
-        raise ValueError(f"{path} holds a network from {model.sizes[0]} to {model.sizes[-1]} values, not 784 to 10")
-    return model.to(device)
-
-
-# ── rows of finished seeds: a stopped run of several goes on after them, and ranks share them ──
-
-
-def progress_path(config: Config, seed: int) -> Path:
-    """The rows of one seed; the name tells settings and versions, so that no other rows are taken for them."""
-    digest = hashlib.sha256(json.dumps([config.seed, describe(config)]).encode()).hexdigest()[:20]
-    return output(config, f"accuracy_sparsity_seed_{seed}.{digest}.unfinished")
-
-
-def read_progress(config: Config, seed: int) -> list[Row]:
-    """The rows of a seed that is done; none if there are none, or if its network is needed and is not there."""
-    path, made = progress_path(config, seed), output(config, "model.bin")
-    if config.seeds == 1 or not path.exists():
-        return []
-    gone = not made.exists() or made.stat().st_mtime > path.stat().st_mtime
-    if seed == config.seed and (gone or config.keep or config.costs):
-        return []
-    try:
-        rows = utils.read_csv(path)
-        points = [(seed, method, k) for method in config.methods for k in config.k]
-        if [(row.seed, row.method, row.k_percent) for row in rows] != points:
-            raise ValueError(f"{path} lacks rows")
-    except ValueError as error:
-        warnings.warn(f"{error}; its seed is not done", stacklevel=2)
-        return []
-    say(f"seed {seed} was done before")
-    return rows
-
-
-def wait_for_ranks(config: Config, seeds: Sequence[int]) -> list[Row]:
-    """The rows of the seeds that other ranks train."""
-    rows = list[Row]()
-    for seed in seeds:
-        say(f"waiting for another rank to write {progress_path(config, seed)}")
-        while not (done := read_progress(config, seed)):
-            time.sleep(1)
-        rows += done
-    return rows
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch
 from conftest import ROOT
 from runs import Run, flags_for
 
-import train
+import files
 import utils
 
 SEEDS = 3
@@ -75,7 +75,7 @@ def check_whole(folder: Path, old: dict[str, bytes], new: dict[str, bytes]) -> i
     assert left.keys() == new.keys()
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        train.load_model(folder / MODEL, torch.device("cpu"))
+        files.load_model(folder / MODEL, torch.device("cpu"))
     agree = (left[MODEL] == new[MODEL]) == (left[ABOUT] == new[ABOUT])
     assert len(told) == (0 if agree else 1)
     return finished

@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from runs import SMALL, Run, SmallNetwork, be_small, empty_plot, flags_for
 
 import data
+import files
 import system
 import train
 import utils
@@ -209,7 +210,7 @@ def test_two_runs_at_once_both_end_well(tmp_path):
     left = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert len(left) == 5 and not [path for path in left if path.name.startswith(".")]
     with warnings.catch_warnings(action="error"):
-        train.load_model(tmp_path / "run/m/digits_model.bin", torch.device("cpu"))
+        files.load_model(tmp_path / "run/m/digits_model.bin", torch.device("cpu"))
 
 
 def be_one_of_two() -> None:
