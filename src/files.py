@@ -46,12 +46,12 @@ def describe(config: Config) -> dict[str, Any]:
 
 
 def save_model(model: nn.Module, config: Config, accuracy: dict[str, float]) -> None:
-    """Write the weights, then a JSON that says how they came about and names the digest of the file it describes."""
+    """Write the weights, then a JSON that says how they came about and names the MD5 of the file it describes."""
     buffer, path = io.BytesIO(), output(config, "model.bin")
     torch.save({name: weight.cpu() for name, weight in model.state_dict().items()}, buffer)
     write_file(path, buffer.getvalue())
-    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
-    facts = {"sha256": digest, "seed": config.seed, "accuracy": accuracy, **describe(config)}
+    digest = hashlib.md5(buffer.getvalue(), usedforsecurity=False).hexdigest()
+    facts = {"md5": digest, "seed": config.seed, "accuracy": accuracy, **describe(config)}
     write_file(path.with_suffix(".json"), f"{json.dumps(facts, indent=2)}\n".encode())
     say(f"wrote {path}")
 
@@ -70,7 +70,8 @@ def load_model(path: Path, device: torch.device) -> nn.Module:
     """The network in a model file: a state_dict as a run or torch.save wrote it, or a kept one."""
     state, _ = load_compressed(path)
     about = path.with_suffix(".json")
-    if about.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() not in about.read_text(errors="replace"):
+    digest = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+    if about.is_file() and digest not in about.read_text(errors="replace"):
         warnings.warn(f"{about} does not describe {path}: one of them was damaged, or is of another run", stacklevel=2)
     try:
         model = NeuralNetwork.from_state_dict(state).float()
@@ -121,7 +122,7 @@ def read_progress(config: Config, seed: int) -> list[Row]:
     except ValueError as error:
         warnings.warn(f"{error}; its seed is not done", stacklevel=2)
         return []
-    say(f"seed {seed} was done before")
+    say(f"read {path}")
     return rows
 
 
