@@ -1,6 +1,7 @@
 """Every setting of a run: its default, its meaning and unit, and the command-line flag that changes it."""
 
 import argparse
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -15,11 +16,9 @@ BATCH_SIZE = {"mnist": 512, "digits": 64}  # images a training step, by default
 
 
 def _parse(convert: Callable[[str], Any], accepts: Callable[[Any], bool], wanted: str, text: str) -> Any:
-    try:
+    with contextlib.suppress(ValueError):
         if accepts(value := convert(text)):
             return value
-    except ValueError:
-        pass
     raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
 
 
@@ -32,7 +31,7 @@ _not_negative = partial(_parse, float, lambda value: 0 <= value < math.inf, "a n
 _path = partial(_parse, Path, lambda path: path.parts, "a path")  # an unset shell variable would be the working folder
 
 
-def _method_and_k(text: str) -> tuple[str, float]:
+def _keep(text: str) -> tuple[str, float]:
     method, _, k = text.partition(":")
     if method not in ("weight", "unit") or not k:
         raise argparse.ArgumentTypeError(f"must be weight:K or unit:K, for example weight:90, got {text!r}")
@@ -82,7 +81,7 @@ class Config:
 
     costs: bool = _flag("results", False, "also measure file size and latency at every k")
     keep: tuple[tuple[str, float], ...] = _flag(
-        "results", (), "also save networks pruned so: unit:60", type=_method_and_k, metavar="METHOD:K"
+        "results", (), "also save some: unit:60", type=_keep, metavar="METHOD:K"
     )
     format: str | None = _flag("results", None, "draw the plots in this format as well", choices=("pdf", "svg"))
     models: Path = _flag("results", ROOT / "models", "folder for the trained networks", type=_path)
@@ -125,9 +124,8 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     parser = _Parser("train.py", description=purpose, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     groups = {name: parser.add_argument_group(name) for name in ("data", "run", "training", "pruning", "results")}
     for setting in fields(Config):
-        groups[setting.metadata["group"]].add_argument(
-            f"--{setting.name.replace('_', '-')}", **setting.metadata["flag"]
-        )
+        flag = f"--{setting.name.replace('_', '-')}"
+        groups[setting.metadata["group"]].add_argument(flag, **setting.metadata["flag"])
     given = vars(parser.parse_args(argv))
     given = {name: tuple(dict.fromkeys(value)) if isinstance(value, list) else value for name, value in given.items()}
     # The dense network is always measured: it is what the others are compared with.
