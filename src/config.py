@@ -61,8 +61,8 @@ class Config:
     seed: int = _flag("run", 0, "seed of the weights and of the order of the images", type=_from_0)
     seeds: int = _flag("run", 1, "networks to train and sweep: with seeds SEED, SEED + 1, ...", type=_from_1)
     model: Path | None = _flag("run", None, "take this model file instead of training", type=_path)
-    k: tuple[float, ...] = _flag("run", K_PERCENT, "shares to prune, in %%, beside 0 (default: 13)", type=_percent)
-    methods: tuple[str, ...] = _flag("run", METHODS[:2], "what is pruned, how (default: weight unit)", choices=METHODS)
+    k: tuple[float, ...] = _flag("run", K_PERCENT, "shares in %% to prune, with 0 (default: 13 of them)", type=_percent)
+    methods: tuple[str, ...] = _flag("run", METHODS[:2], "what to prune, how (default: weight unit)", choices=METHODS)
     device: str = _flag("run", "auto", "where to compute", choices=("auto", "cpu", "cuda"))
     precision: str = _flag("run", "auto", "in training; auto: bf16 where native", choices=("auto", "bf16", "fp32"))
 
@@ -80,9 +80,7 @@ class Config:
     prune_output: bool = _flag("pruning", False, "do not spare the output layer")
 
     costs: bool = _flag("results", False, "also measure file size and latency at every k")
-    keep: tuple[tuple[str, float], ...] = _flag(
-        "results", (), "also save some: unit:60", type=_keep, metavar="METHOD:K"
-    )
+    keep: tuple[tuple[str, float], ...] = _flag("results", (), "save these, as unit:60", type=_keep, metavar="WHAT:K")
     format: str | None = _flag("results", None, "draw the plots in this format as well", choices=("pdf", "svg"))
     models: Path = _flag("results", ROOT / "models", "folder for the trained networks", type=_path)
     plots: Path = _flag("results", ROOT / "plots", "folder for the plots and their numbers", type=_path)
