@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 # What can be pruned: type → integers that its bytes are multiplied as
 BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
-BLOCK, GPU_BLOCK = 2**17, 2**24  # scores to compare at a time: they fit into the cache, or keep a GPU busy
+BLOCK = 2**17  # scores to compare at a time: they fit into the cache
 
 
 def _unit_norm(weight: Tensor) -> Tensor:
@@ -166,8 +166,8 @@ def find_masks(
         scores = {weight.names[0]: _scored(weight, method, generator) for weight in group}
         for weight, keep in zip(group, _select(scores, sparsity, METHODS[method] is torch.abs), strict=True):
             masks |= weight.masks(keep)
-            kept = (keep.numpy() if keep.is_cpu else keep).any()  # NumPy stops at the first
-            empty += [] if kept or not weight.parameter.numel() else [weight.names[0]]
+            if weight.parameter.numel() and not keep.cpu().numpy().any():  # NumPy stops at the first
+                empty.append(weight.names[0])
     if empty:
         doubts.append(f"pruning leaves nothing of {_listed(empty)} at sparsity {sparsity:g}")
     for doubt in doubts:
@@ -537,8 +537,8 @@ def _scored(weight: _Weight, method: str, generator: torch.Generator) -> Tensor:
 def _select(ranked: Mapping[str, Tensor], sparsity: float, magnitude: bool = False) -> list[Tensor]:
     """Masks that prune exactly round(sparsity * n) of n scores: the lowest, of equal ones the earlier first.
 
-    A score, or its magnitude, ranks together with its position, so that no two are equal. The last one to prune most
-    likely lies between two bounds that a sample gives: all are compared with these, the few between them are sorted.
+    The last one to prune most likely lies between two of a sample: all are compared with these, the few between them
+    are sorted. NumPy does so on the CPU, several times faster than torch, a block at a time.
 
     Source: Floyd and Rivest, "Expected Time Bounds for Selection" (1975).
     """
@@ -546,57 +546,53 @@ def _select(ranked: Mapping[str, Tensor], sparsity: float, magnitude: bool = Fal
     total = sum(scores.numel() for scores in ranked.values())
     count = round(sparsity * total)
     step = 6 * int(total ** (1 / 3) / 16) + 1  # 1 for few scores; out of step with rows of 2, 3, 4, 6, … scores
-    masks, blocks, samples, start = [], [], [np.empty(0, np.float32)], 0
-    for name, tensor in ranked.items():
-        masks.append(torch.empty(tensor.shape, dtype=torch.bool, device=tensor.device))
-        flat, size = tensor.reshape(-1), BLOCK if tensor.is_cpu else GPU_BLOCK
-        samples.append(flat[-start % step :: step].to(dtype).cpu().numpy())
-        keep: Any = masks[-1].view(-1).numpy() if tensor.is_cpu else masks[-1].view(-1)
-        for first in range(0, len(flat), size):
-            blocks.append((name, flat[first : first + size], keep[first : first + size], start + first))
-        start += len(flat)
-    sample: Any = abs(np.concatenate(samples)) if magnitude else np.concatenate(samples)
+    masks, blocks, samples, start = [], [], [], 0
+    for name, scores in ranked.items():
+        mask, flat = torch.empty(scores.shape, dtype=torch.bool, device="cpu"), scores.reshape(-1)
+        masks.append(mask)
+        samples.append(flat[-start % step :: step].to("cpu", dtype).numpy())
+        for part, keep in zip(flat.split(BLOCK), mask.view(-1).split(BLOCK), strict=True):
+            blocks.append((name, start, part, keep.numpy()))
+            start += len(part)
+    sample = np.abs(np.concatenate(samples)) if magnitude else np.concatenate(samples)
     ordered, rank = np.sort(sample), len(sample) * count / max(total, 1)
-    margin = 2.5 * math.sqrt(rank * (1 - count / max(total, 1)) * (1 - 1 / step)) + (step > 1)  # 2.5 deviations
+    margin = 2.5 * math.sqrt(rank * (1 - count / max(total, 1))) + 1  # 2.5 standard deviations
     while True:
         low, high = (_bound(sample, ordered, math.ceil(rank + side) - 1, step) for side in (-margin, margin))
-        kept, indices, values = 0, [], [sample[:0]]
-        for name, part, keep, start in blocks:
-            library: Any = np if part.is_cpu else torch  # on the CPU, NumPy compares several times faster than torch
-            scores: Any = part.to(dtype).numpy() if part.is_cpu else part.to(dtype)
-            if magnitude and not math.isfinite((scores := library.abs(scores)).max()):
+        kept, indices, values = 0, [], []
+        for name, start, part, keep in blocks:
+            numbers = part.to("cpu", dtype).numpy()
+            if magnitude and not math.isfinite((numbers := np.abs(numbers)).max(initial=0)):
                 raise ValueError(f"{name} must be finite, but has NaN or infinite weights")
-            inside = _compare(scores, start, low)
-            inside ^= _compare(scores, start, high, out=keep)
-            kept += int(library.count_nonzero(keep))
-            indices.append(library.where(inside)[0])
-            values.append(scores[indices[-1]] if part.is_cpu else scores[indices[-1]].cpu().numpy())
+            inside = _compare(numbers, start, low, np.empty_like(keep)) ^ _compare(numbers, start, high, keep)
+            kept += int(np.count_nonzero(keep))
+            indices.append(np.flatnonzero(inside))
+            values.append(numbers[indices[-1]])
         between = np.concatenate(values)
         excess = count - (total - kept - len(between))  # how many of those between are to be pruned
         if 0 <= excess <= len(between):
             break
-        margin = 4 * margin + 1  # the sample misled
-    after = _compare(between, 0, _bound(between, np.sort(between), excess - 1))
-    for (_, part, keep, _), index in zip(blocks, indices, strict=True):
-        now, after = after[: len(index)], after[len(index) :]
-        keep[index] = now if part.is_cpu else torch.from_numpy(now).to(part.device)
-    return masks
+        margin *= 4  # the sample misled
+    last = _bound(between, np.sort(between), excess - 1)
+    after = _compare(between, 0, last, np.empty(len(between), bool))
+    for (_, _, _, keep), index in zip(blocks, indices, strict=True):
+        keep[index], after = after[: len(index)], after[len(index) :]
+    return [mask.to(scores.device) for mask, scores in zip(masks, ranked.values(), strict=True)]
 
 
-def _bound(scores: np.ndarray, ordered: np.ndarray, rank: int, step: int = 1) -> tuple[float, float]:
+def _bound(scores: np.ndarray, ordered: np.ndarray, rank: int, step: int = 1) -> tuple[float, int]:
     """The score of a rank and its position, if positions are a step apart; out of range, one before or after all."""
     if rank < 0:
         return -math.inf, -1
     if rank >= len(scores) or np.isnan(ordered[rank]):
-        return math.inf, math.inf
+        return math.inf, step * len(scores)
     equal = np.flatnonzero(scores == ordered[rank])
-    return float(ordered[rank]), step * int(equal[rank - np.searchsorted(ordered, ordered[rank])])
+    return ordered[rank], step * int(equal[rank - np.searchsorted(ordered, ordered[rank])])
 
 
-def _compare(scores: Any, start: int, bound: tuple[float, float], out: Any = None) -> Any:
-    """Whether each score, the first at position `start`, ranks after a bound."""
-    library, (value, position) = (np if isinstance(scores, np.ndarray) else torch), bound
-    after: Any = (library.greater if position >= start else library.greater_equal)(scores, value, out=out)
-    if start <= position < start + len(scores) - 1:
-        after[int(position) + 1 - start :] = scores[int(position) + 1 - start :] >= value
-    return after
+def _compare(scores: np.ndarray, start: int, bound: tuple[float, int], out: np.ndarray) -> np.ndarray:
+    """Whether each score, the first at position `start`, ranks after a bound: is greater, or equal and further on."""
+    cut = max(bound[1] + 1 - start, 0)
+    np.greater(scores[:cut], bound[0], out=out[:cut])
+    np.greater_equal(scores[cut:], bound[0], out=out[cut:])
+    return out
