@@ -29,15 +29,14 @@ BLOCK = 2**17  # scores to compare at a time: they fit into the cache
 
 def _unit_norm(weight: Tensor) -> Tensor:
     """L2 norm of each unit: (units, …) → (units,), in fp64."""
-    rows = weight.reshape(len(weight), -1) if weight.numel() else weight.new_zeros(len(weight), 1)
-    blocks = rows.split(max(2**20 // rows.shape[1], 1)) if rows.dtype.itemsize == 2 else [rows]  # or all are converted
-    how: Any = {"dim": 1, "dtype": torch.promote_types(rows.dtype, torch.float32)}
-    norm = torch.cat([torch.linalg.vector_norm(block, **how) for block in blocks]).double()
+    rows = weight.unsqueeze(-1).flatten(1)
+    blocks = rows.split(max(BLOCK // max(rows.shape[1], 1), 1))  # torch converts half precision
+    precision = torch.promote_types(rows.dtype, torch.float32)
+    norm = torch.cat([torch.linalg.vector_norm(block, dim=1, dtype=precision) for block in blocks]).double()
     unsafe = ~((norm > 1e-12) & (norm < 1e18))  # squares may have vanished or overflowed
-    if unsafe.any():
-        largest = torch.maximum(rows.amax(1), -rows.amin(1)).double()
-        unsafe &= largest > 0
-        norm[unsafe] = (rows[unsafe].double() / largest[unsafe].unsqueeze(1)).norm(dim=1) * largest[unsafe]
+    if rows.numel() and unsafe.any():
+        unsafe &= (rows.amax(1) > 0) | (rows.amin(1) < 0)  # zeros are safe
+        norm[unsafe] = norm.new_tensor([math.hypot(*unit) for unit in rows[unsafe].tolist()])
     return norm
 
 
