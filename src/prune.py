@@ -12,7 +12,6 @@ import difflib
 import math
 import numbers
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -327,19 +326,20 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
 
 @dataclass(eq=False)
 class _Weight:
-    """A matrix of the model, or more dimensions."""
+    """A parameter of the model, or a tensor in its stead that is computed from others."""
 
-    parameter: Any  # a plain tensor if it is computed from other parameters
+    parameter: Any
     dim: int | None  # that counts outputs; None if LAYERS doesn't tell
-    groups: int
-    convolves: bool
     names: list[str] = field(default_factory=list)  # such as fc1.weight; several if it is shared
-    users: list[str] = field(default_factory=list)  # names of all modules that use it
-    biases: dict[int, str] = field(default_factory=dict)  # names of those that no other modules use
+    users: list[str] = field(default_factory=list)  # names of the modules that use it
+    modules: list[nn.Module] = field(default_factory=list)  # these modules
+    biases: list[str] = field(default_factory=list)  # names of their biases, but not of those that others use
 
     def turned(self, tensor: Tensor) -> Tensor:
         """From the weight's own layout to (out, in / groups, …), or back."""
-        return tensor.unflatten(0, (self.groups, -1)).transpose(1, self.dim + 1).flatten(0, 1) if self.dim else tensor
+        if not self.dim:
+            return tensor
+        return tensor.unflatten(0, (getattr(self.modules[0], "groups", 1), -1)).transpose(1, self.dim + 1).flatten(0, 1)
 
     def masks(self, keep: Tensor) -> dict[str, Tensor]:
         """Masks by parameter name, from one of the weight's shape or (units,)."""
@@ -347,7 +347,15 @@ class _Weight:
             return {self.names[0]: keep}
         weight = self.turned(self.parameter.detach())
         mask = self.turned(keep.view(-1, *[1] * (weight.dim() - 1)).expand_as(weight)).contiguous()
-        return {self.names[0]: mask} | dict.fromkeys(self.biases.values(), keep)
+        return {self.names[0]: mask} | dict.fromkeys(self.biases, keep)
+
+    def sizes(self) -> tuple[int, set[int]]:
+        """How many outputs it has, and how many inputs its modules may take."""
+        outputs, *inputs = self.turned(torch.empty(self.parameter.shape, device="meta")).shape
+        if self.dim is None:
+            return outputs, {outputs, *inputs}
+        channels = inputs[:1] if hasattr(self.modules[0], "kernel_size") else inputs
+        return outputs, {getattr(self.modules[0], "groups", 1) * size for size in channels}
 
 
 def _modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -365,32 +373,27 @@ def _modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]
 def _matrices(model: nn.Module) -> tuple[list[_Weight], list[str]]:
     """The weights of all layers in LAYERS and all other matrices, in order of registration; the names of the layers."""
     found: dict[int, _Weight] = {}
-    layers, users, modules = [], defaultdict(set), dict(_modules(model))
+    layers = []
     lists = (nn.ParameterList, nn.ParameterDict)  # they make no difference to what other modules use
-    for name, module in sorted(modules.items(), key=lambda named: isinstance(named[1], lists)):
+    for name, module in sorted(_modules(model), key=lambda named: isinstance(named[1], lists)):
         layer_dim = next((LAYERS[parent] for parent in type(module).__mro__ if parent in LAYERS), None)
-        own, computed = module._parameters, {}
+        parameters = dict(module._parameters)
         if layer_dim is not None:
             layers.append(name)
-            computed = {key: getattr(module, key, None) for key in ("weight", "bias") if key not in own}
-        for key, parameter in (own | computed).items():
-            if parameter is None or (isinstance(module, lists) and id(parameter) in users):
+            parameters |= {key: getattr(module, key, None) for key in ("weight", "bias")}
+        for key, parameter in parameters.items():
+            if parameter is None or (isinstance(module, lists) and id(parameter) in found):
                 continue
-            users[id(parameter)].add(name)
-            dim = layer_dim if key == "weight" or key in computed else None
-            if dim is not None or (not nn.parameter.is_lazy(parameter) and parameter.dim() > 1):
-                groups = getattr(module, "groups", 1) if dim is not None else 1
-                new = _Weight(parameter, dim, groups, hasattr(module, "kernel_size"))
-                weight = found.setdefault(id(parameter), new)
-                weight.names.append(f"{name}.{key}".lstrip("."))
-                weight.users.append(name)
-                weight.dim = dim if weight.dim == dim else None
+            dim = layer_dim if key == "weight" or key not in module._parameters else None
+            weight = found.setdefault(id(parameter), _Weight(parameter, dim))
+            weight.dim = dim if weight.dim == dim else None
+            weight.names.append(f"{name}.{key}".lstrip("."))
+            weight.users.append(name)
+            weight.modules.append(module)
     for weight in found.values():
-        for name in weight.users:
-            bias = modules[name]._parameters.get("bias")
-            if bias is not None and users[id(bias)] <= {*weight.users}:
-                weight.biases.setdefault(id(bias), f"{name}.bias".lstrip("."))
-    return list(found.values()), layers
+        biases = [found.get(id(module._parameters.get("bias"))) for module in weight.modules]
+        weight.biases = [bias.names[0] for bias in biases if bias and {*bias.users} <= {*weight.users}]
+    return [weight for weight in found.values() if weight.dim is not None or weight.parameter.ndim > 1], layers
 
 
 def _chosen(
@@ -420,31 +423,31 @@ def _chosen(
 
 def _doubts(output: Sequence[str], free: Sequence[_Weight], matrices: Sequence[_Weight]) -> Iterator[str]:
     """What the user may not expect: much that stays dense, and an output layer that is probably not it, or not all."""
-    matrices = [w for w in matrices if isinstance(w.parameter, nn.Parameter) and not nn.parameter.is_lazy(w.parameter)]
-    dense = [weight for weight in matrices if weight.dim is None and weight in free]
-    share = sum(w.parameter.numel() for w in dense) / max(1, sum(w.parameter.numel() for w in matrices))
+    matrices = [w for w in matrices if isinstance(w.parameter, nn.Parameter) and w.parameter.ndim > 1]  # 1: lazy
+    dense = {w.names[0]: w.parameter.numel() for w in matrices if w.dim is None and w in free}
+    share = sum(dense.values()) / max(1, sum(w.parameter.numel() for w in matrices))
     if share >= 0.1:
-        text = f"{share:.0%} of the weights stay dense, as LAYERS lacks the classes of their modules"
-        names = _listed([weight.names[0] for weight in dense])
-        yield f"{text}: {names}; prune them by name with only=(…), or spare the modules with skip=(…)"
-    shapes = {w: w.turned(torch.empty(w.parameter.shape, device="meta")).shape for w in matrices}
-    inputs = {w: {n * w.groups for n in shapes[w][w.dim is not None : 2 if w.convolves else None]} for w in matrices}
-    every = set().union(*inputs.values())
+        text = (
+            f"{share:.0%} of the weights stay dense, as LAYERS lacks the classes of their modules: {_listed([*dense])}"
+        )
+        yield f"{text}; prune them by name with only=(…), or spare the modules with skip=(…)"
+    sizes = {weight: weight.sizes() for weight in matrices}
 
-    def taken(weight: _Weight, sizes: Iterable[int]) -> bool:
-        """Whether its outputs fit: exactly, side by side with a few others, or, of a convolution, flattened."""
-        n, most = shapes[weight][0], math.inf if weight.convolves else 8
-        return n == 0 or any(size % n == 0 and size <= most * n for size in sizes)
+    def taken(weight: _Weight, takers: Iterable[_Weight]) -> bool:
+        """Whether its outputs fit inputs of theirs: exactly, beside a few others, or, of a convolution, flattened."""
+        count, most = sizes[weight][0], math.inf if hasattr(weight.modules[0], "kernel_size") else 8
+        inputs = set().union(*(sizes[taker][1] for taker in takers))
+        return count == 0 or any(size % count == 0 and size <= most * count for size in inputs)
 
     layers = [weight for weight in matrices if weight.dim is not None]
-    ends = [weight for weight in layers if weight in free and not taken(weight, every)]
-    for spared in [weight for weight in layers if {*output} & {*weight.users}]:  # one, if any
-        n, text = shapes[spared][0], f"{output[0]!r}, registered last, is spared as the output layer, but"
-        twins = [end.users[0] for end in ends if shapes[end][0] == n]
-        heads = [end.users[0] for end in ends if shapes[end][0] < n or n in inputs[end]]
+    ends = [weight for weight in layers if weight in free and not taken(weight, matrices)]
+    for last in [weight for weight in layers if {*output} & {*weight.users}]:  # one, if any
+        n, text = sizes[last][0], f"{output[0]!r}, registered last, is spared as the output layer, but"
+        twins = [end.users[0] for end in ends if sizes[end][0] == n]
+        heads = [end.users[0] for end in ends if taken(last, [end]) and (sizes[end][0] < n or n in sizes[end][1])]
         if twins:
             yield f"{text} as many outputs of {_listed(twins)} go nowhere, either: if they're wanted, add them to skip"
-        elif heads and taken(spared, set().union(*(inputs[weight] for weight in layers if weight is not spared))):
+        elif heads:
             text = f"{text} other layers take its outputs, while those of {_listed(heads)} go nowhere"
             yield f"{text}: if they're wanted, add them to skip and pass prune_output=True"
 
@@ -453,9 +456,10 @@ def _matched(argument: str, entries: Any, names: Sequence[str]) -> list[list[str
     """For each entry, a name or pattern, the names that it matches."""
     if isinstance(entries, str) or not isinstance(entries, Collection):
         raise TypeError(f"{argument} must be a sequence of names or patterns, such as ({entries!r},), got {entries!r}")
-    matched = [[name for name in names if name == entry or fnmatchcase(name, str(entry))] for entry in entries]
-    for entry, found in zip(entries, matched, strict=True):
-        if not found:
+    matched = []
+    for entry in entries:
+        matched.append([name for name in names if name == entry or fnmatchcase(name, str(entry))])
+        if not matched[-1]:
             raise ValueError(f"{argument}: {entry!r} names nothing that could be pruned{_near(entry, names)}")
     return matched
 
