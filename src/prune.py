@@ -1,10 +1,9 @@
 """Prune any PyTorch model: find masks of what to remove, apply them, and see what each sparsity costs.
 
-A mask is a boolean tensor of a weight's own shape, True = keep. Masks come in a plain dict by parameter name, such as
-{"fc1.weight": ...}, fit for torch.save. Finding masks changes nothing; applying them makes zeros, and pruned models
-stay plain modules without hooks. ``torch.nn.utils.prune.custom_from_mask`` takes these masks; this gives torch's own:
-``{name.removesuffix("_mask"): mask.bool() for name, mask in model.named_buffers() if name.endswith("_mask")}``.
-This file needs nothing but torch and numpy: copy it beside any notebook.
+A mask is a boolean tensor of a weight's shape, True = keep; masks come in a dict by parameter name, fit for torch.save.
+Finding them changes nothing, applying them makes zeros: pruned models stay plain modules. They suit torch's
+``custom_from_mask``, and this gives torch's own: ``{name.removesuffix("_mask"): mask.bool() for name, mask in
+model.named_buffers() if name.endswith("_mask")}``. The file needs just torch and numpy: copy it beside any notebook.
 """
 
 import copy
@@ -72,44 +71,38 @@ LAYERS: dict[type[nn.Module], int] = {
 
 
 def weight_mask(weight: Tensor, sparsity: float) -> Tensor:
-    """Mask that prunes the weights of lowest magnitude.
+    """Mask that prunes the weights of lowest magnitude: a boolean tensor of weight's shape, True = keep.
 
     Args:
         weight: any shape, finite, fp16 to fp64.
         sparsity: fraction in [0, 1]: exactly ``round(sparsity * weight.numel())`` go, of equal ones the earlier first.
-    Returns: a boolean tensor of weight's shape, True = keep.
     Raises: TypeError, ValueError: sparsity is no number in [0, 1], or weight can't be ranked.
     Source: Han et al., "Learning both Weights and Connections for Efficient Neural Networks" (2015).
 
     >>> weight_mask(torch.tensor([0.5, -0.1, -2.0, 0.1]), sparsity=0.5)
     tensor([ True, False,  True, False])
     """
-    return _select({"weight": _checked("weight", weight)}, _fraction(sparsity), magnitude=True)[0]
+    return _select([_checked("weight", weight)], _fraction(sparsity), magnitude=True)[0]
 
 
 def unit_mask(weight: Tensor, sparsity: float, dim: int = 0) -> Tensor:
-    """Mask that prunes the units of lowest L2 norm.
+    """Mask that prunes the units of lowest L2 norm: a boolean tensor of weight's shape, whole units along dim.
 
     Args:
-        weight, sparsity: as in `weight_mask`, with units in place of weights and one dimension or more.
+        weight, sparsity, and what is raised: as in `weight_mask`, with units in place of weights.
         dim: the dimension that counts units: 0 in a Linear's (out, in), where a row is a unit.
-    Returns, Raises: as `weight_mask`, and as an error a dim that is none.
     Source: Li et al., "Pruning Filters for Efficient ConvNets" (2017), here with the L2 norm.
 
-    >>> unit_mask(torch.tensor([[3.0, 4.0], [0.3, 0.4]]), sparsity=0.5)
-    tensor([[ True,  True],
-            [False, False]])
+    >>> unit_mask(torch.tensor([[3.0, 4.0], [0.3, 0.4]]), sparsity=0.5).tolist()
+    [[True, True], [False, False]]
     """
     weight = _checked("weight", weight)
-    if not isinstance(dim, numbers.Integral) or isinstance(dim, bool):
-        raise TypeError(f"dim must be an integer, got {dim!r}")
-    if not -weight.dim() <= dim < weight.dim():
-        raise ValueError(f"dim must be one of weight's {weight.dim()} dimensions, got {dim}")
+    if isinstance(dim, bool) or not isinstance(dim, numbers.Integral) or not -weight.dim() <= dim < weight.dim():
+        raise ValueError(f"dim must be an integer, one of weight's {weight.dim()} dimensions, got {dim!r}")
     units = weight.transpose(0, int(dim))
-    norm = _unit_norm(units)
-    _check_finite("weight", weight, norm)
-    (keep,) = _select({"weight": norm}, _fraction(sparsity))
-    return keep.view(-1, *[1] * (weight.dim() - 1)).expand_as(units).transpose(0, int(dim)).contiguous()
+    (keep,) = _select([_unit_norm(units)], _fraction(sparsity))
+    mask = keep.view(-1, *[1] * (weight.dim() - 1)).expand_as(units)
+    return mask.transpose(0, int(dim)).contiguous()
 
 
 def find_masks(
@@ -135,8 +128,7 @@ def find_masks(
             Units then rank by norms relative to the largest of their layer, so that none loses all of its units early.
         skip: names or patterns of layers to spare as well: ``("conv1", "body.*")``.
         prune_output: prune the output layer, too: the prunable layer that was registered last, unless a warning comes.
-        only: names or patterns of parameters to prune instead, but for what is spared: ``("lstm.weight_*",)``. Unit
-            methods take weights of the layers in `LAYERS` alone.
+        only: names or patterns of parameters to prune instead: ``("lstm.weight_*",)``. Units need a class in `LAYERS`.
         generator: source of the random methods' numbers. None: they follow ``torch.manual_seed``, the same each time.
     Returns: masks by parameter name, such as "fc1.weight", True = keep. Unit methods mask the biases, too ("fc1.bias"),
         but not those that other layers share; and a BatchNorm behind a pruned unit still emits its shift.
@@ -145,15 +137,14 @@ def find_masks(
     Warns: UserWarning: a layer loses everything; the spared layer is probably not the output, or not all of it; a tenth
         or more of the weights stays dense because `LAYERS` lacks the classes of their modules.
 
-    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-    >>> {name: mask.count_nonzero().item() for name, mask in find_masks(model, "unit", sparsity=1 / 3).items()}
+    >>> masks = find_masks(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), "unit", sparsity=1 / 3)
+    >>> {name: mask.count_nonzero().item() for name, mask in masks.items()}
     {'0.weight': 8, '0.bias': 2}
     """
     sparsity = _fraction(sparsity)
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}")
-    if scope not in ("layer", "global"):
-        raise ValueError(f"unknown scope {scope!r}: expected layer or global")
+    for argument, value, known in (("method", method, METHODS), ("scope", scope, ("layer", "global"))):
+        if value not in known:
+            raise ValueError(f"unknown {argument} {value!r}: expected one of {', '.join(known)}")
     if not isinstance(generator, torch.Generator | None):
         raise TypeError(f"generator must be a torch.Generator, got {generator!r}")
     generator = generator or torch.Generator("cpu").manual_seed(torch.initial_seed())  # of its own, for threads' sake
@@ -161,7 +152,7 @@ def find_masks(
     masks: dict[str, Tensor] = {}
     empty = []
     for group in [weights] if scope == "global" else [[weight] for weight in weights]:
-        scores = {weight.names[0]: _scored(weight, method, generator) for weight in group}
+        scores = [_scored(weight, method, generator) for weight in group]
         for weight, keep in zip(group, _select(scores, sparsity, METHODS[method] is torch.abs), strict=True):
             masks |= weight.masks(keep)
             if weight.parameter.numel() and not keep.cpu().numpy().any():  # NumPy stops at the first
@@ -183,8 +174,7 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         masks: boolean tensors by parameter name, True = keep, of the parameters' shapes, on any device.
     Raises: TypeError, ValueError: masks that aren't boolean tensors by name, or fit no parameter that can be pruned.
 
-    >>> model = nn.Linear(2, 1, bias=False)
-    >>> apply_masks(model, {"weight": torch.tensor([[True, False]])})
+    >>> apply_masks(model := nn.Linear(2, 1, bias=False), {"weight": torch.tensor([[True, False]])})
     >>> model.weight.count_nonzero().item()
     1
     """
@@ -197,11 +187,11 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         if name not in parameters:
             raise ValueError(f"the model has no parameter {name!r}{_near(name, parameters)}")
         parameter = _checked(name, parameters[name], in_place=True)
-        if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
-            got = getattr(mask, "dtype", type(mask).__name__)
-            raise TypeError(f"the mask of {name} must be a boolean tensor (True = keep), got {got}")
-        if mask.shape != parameter.shape or mask.is_meta or mask.layout is not torch.strided:
-            raise ValueError(f"the mask of {name} must be a dense {tuple(parameter.shape)}, got {tuple(mask.shape)}")
+        fits = isinstance(mask, Tensor) and mask.dtype is torch.bool and mask.shape == parameter.shape
+        if not fits or mask.is_meta or mask.layout is not torch.strided:
+            got = f"{tuple(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+            shape = tuple(parameter.shape)
+            raise ValueError(f"the mask of {name} must be a dense, boolean {shape} (True = keep), got {got}")
         pairs.append((parameter.view(BITS[parameter.dtype]), mask.to(parameter.device)))
     for bits, mask in pairs:
         bits.mul_(mask)  # +0.0 even for NaN, in a tenth of the time of masked_fill_
@@ -258,10 +248,10 @@ def sweep(
     """Prune and score copies of a model, each made from the same dense one, which stays as it is.
 
     Args:
-        model, method, scope, and skip, prune_output, only as options: as in `find_masks`.
+        model, method, scope, generator, and skip, prune_output, only as options: as in `find_masks`. All points use the
+            same random numbers, the generator's next ones, so that a larger sparsity prunes a superset.
         sparsities: fractions in [0, 1], in any order.
         score: gets a pruned copy in eval mode; what it returns, such as an accuracy, is passed through.
-        generator: as in `find_masks`. It stays as it is: all points use its next numbers, and so prune supersets.
         retrain: gets the copy, in training mode but for frozen modules, and the masks; the copy is then scored again.
     Returns: a point for each sparsity, in their order.
     Raises: TypeError, ValueError: as `find_masks`, before anything is scored.
@@ -274,7 +264,7 @@ def sweep(
         raise TypeError(f"sparsities must be several numbers in [0, 1], got {sparsities!r}")
     if not callable(score) or not (retrain is None or callable(retrain)):
         raise TypeError(f"score and retrain must be functions, got {score!r} and {retrain!r}")
-    points, seed = [], None  # the same numbers at every sparsity, so that a larger one prunes a superset
+    points, seed = [], None
     if isinstance(generator, torch.Generator):
         seed = int(torch.randint(2**62, (), generator=generator.clone_state(), device=generator.device))
     for sparsity in [_fraction(sparsity) for sparsity in sparsities]:
@@ -349,14 +339,6 @@ class _Weight:
         mask = self.turned(keep.view(-1, *[1] * (weight.dim() - 1)).expand_as(weight)).contiguous()
         return {self.names[0]: mask} | dict.fromkeys(self.biases, keep)
 
-    def sizes(self) -> tuple[int, set[int]]:
-        """How many outputs it has, and how many inputs its modules may take."""
-        outputs, *inputs = self.turned(torch.empty(self.parameter.shape, device="meta")).shape
-        if self.dim is None:
-            return outputs, {outputs, *inputs}
-        channels = inputs[:1] if hasattr(self.modules[0], "kernel_size") else inputs
-        return outputs, {getattr(self.modules[0], "groups", 1) * size for size in channels}
-
 
 def _modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Every module with the name that the user gave it: the wrappers of torch.compile and DataParallel add none."""
@@ -370,51 +352,45 @@ def _modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]
             yield from _modules(module, f"{name}.{child}".lstrip("."))
 
 
-def _matrices(model: nn.Module) -> tuple[list[_Weight], list[str]]:
-    """The weights of all layers in LAYERS and all other matrices, in order of registration; the names of the layers."""
+def _matrices(model: nn.Module) -> list[_Weight]:
+    """The weights of all layers in LAYERS and all other matrices, in order of registration."""
     found: dict[int, _Weight] = {}
-    layers = []
     lists = (nn.ParameterList, nn.ParameterDict)  # they make no difference to what other modules use
     for name, module in sorted(_modules(model), key=lambda named: isinstance(named[1], lists)):
         layer_dim = next((LAYERS[parent] for parent in type(module).__mro__ if parent in LAYERS), None)
         parameters = dict(module._parameters)
-        if layer_dim is not None:
-            layers.append(name)
+        if layer_dim is not None:  # what is computed from other parameters, too
             parameters |= {key: getattr(module, key, None) for key in ("weight", "bias")}
         for key, parameter in parameters.items():
-            if parameter is None or (isinstance(module, lists) and id(parameter) in found):
-                continue
-            dim = layer_dim if key == "weight" or key not in module._parameters else None
-            weight = found.setdefault(id(parameter), _Weight(parameter, dim))
-            weight.dim = dim if weight.dim == dim else None
-            weight.names.append(f"{name}.{key}".lstrip("."))
-            weight.users.append(name)
-            weight.modules.append(module)
+            if parameter is not None and not (isinstance(module, lists) and id(parameter) in found):
+                dim = layer_dim if key == "weight" or key not in module._parameters else None
+                weight = found.setdefault(id(parameter), _Weight(parameter, dim))
+                weight.dim = dim if weight.dim == dim else None
+                weight.names.append(f"{name}.{key}".lstrip("."))
+                weight.users.append(name)
+                weight.modules.append(module)
     for weight in found.values():
         biases = [found.get(id(module._parameters.get("bias"))) for module in weight.modules]
         weight.biases = [bias.names[0] for bias in biases if bias and {*bias.users} <= {*weight.users}]
-    return [weight for weight in found.values() if weight.dim is not None or weight.parameter.ndim > 1], layers
+    return [weight for weight in found.values() if weight.dim is not None or weight.parameter.ndim > 1]
 
 
 def _chosen(
     model: nn.Module, skip: Collection[str], prune_output: bool, only: Collection[str] | None
 ) -> tuple[list[_Weight], list[str]]:
     """The weights to prune, and what the user may not expect of this choice."""
-    matrices, layers = _matrices(model)
+    matrices = _matrices(model)
+    layers = [name for name, module in _modules(model) if isinstance(module, tuple(LAYERS))]
     output = [] if prune_output else layers[-1:]
     skipped = _matched("skip", skip, [name for weight in matrices for name in weight.users])
-    spared = tuple(f"{name}." for name in {*output}.union(*skipped))
+    spared = tuple(f"{name}." for name in {*output, *skipped})
     free = [weight for weight in matrices if not any(f"{name}.".startswith(spared) for name in weight.users)]
     chosen = [weight for weight in free if weight.dim is not None]
-    hint = f"; {output[0]!r}, registered last, is spared as the output unless prune_output=True" if output else ""
     doubts = [*_doubts(output, free if only is None else chosen, matrices)]
+    hint = f"; {output[0]!r}, registered last, is spared as the output unless prune_output=True" if output else ""
     if only is not None:
-        named = _matched("only", only, [name for weight in matrices for name in weight.names])
-        wanted = {name for names in named for name in names}
-        chosen = [weight for weight in free if wanted & {*weight.names}]
-        for names in named:
-            if not any({*weight.names} & {*names} for weight in chosen):
-                raise ValueError(f"only: {_listed(names)} can't be pruned and spared at once{hint}")
+        named = _matched("only", only, [name for weight in free for name in weight.names], hint)
+        chosen = [weight for weight in free if named & {*weight.names}]
     if not chosen:
         others = f"; only=(…) could name {_listed([weight.names[0] for weight in free])}" if free else ""
         raise ValueError(f"{'every layer in LAYERS is spared' if layers else 'no layer is in LAYERS'}{hint}{others}")
@@ -431,36 +407,37 @@ def _doubts(output: Sequence[str], free: Sequence[_Weight], matrices: Sequence[_
             f"{share:.0%} of the weights stay dense, as LAYERS lacks the classes of their modules: {_listed([*dense])}"
         )
         yield f"{text}; prune them by name with only=(…), or spare the modules with skip=(…)"
-    sizes = {weight: weight.sizes() for weight in matrices}
+    shapes = {w: w.turned(torch.empty(w.parameter.shape, device="meta")).shape for w in matrices}
+    convolves = {w: hasattr(w.modules[0], "kernel_size") for w in matrices}
+    inputs = {w: shapes[w][w.dim is not None : 2 if convolves[w] else None] for w in matrices}
 
     def taken(weight: _Weight, takers: Iterable[_Weight]) -> bool:
         """Whether its outputs fit inputs of theirs: exactly, beside a few others, or, of a convolution, flattened."""
-        count, most = sizes[weight][0], math.inf if hasattr(weight.modules[0], "kernel_size") else 8
-        inputs = set().union(*(sizes[taker][1] for taker in takers))
-        return count == 0 or any(size % count == 0 and size <= most * count for size in inputs)
+        n, most = shapes[weight][0], math.inf if convolves[weight] else 8
+        return n == 0 or any(size % n == 0 and size <= most * n for taker in takers for size in inputs[taker])
 
     layers = [weight for weight in matrices if weight.dim is not None]
     ends = [weight for weight in layers if weight in free and not taken(weight, matrices)]
     for last in [weight for weight in layers if {*output} & {*weight.users}]:  # one, if any
-        n, text = sizes[last][0], f"{output[0]!r}, registered last, is spared as the output layer, but"
-        twins = [end.users[0] for end in ends if sizes[end][0] == n]
-        heads = [end.users[0] for end in ends if taken(last, [end]) and (sizes[end][0] < n or n in sizes[end][1])]
-        if twins:
-            yield f"{text} as many outputs of {_listed(twins)} go nowhere, either: if they're wanted, add them to skip"
-        elif heads:
-            text = f"{text} other layers take its outputs, while those of {_listed(heads)} go nowhere"
-            yield f"{text}: if they're wanted, add them to skip and pass prune_output=True"
+        n = shapes[last][0]
+        fed = [end for end in ends if taken(last, [end]) and (shapes[end][0] < n or n in inputs[end])]
+        rivals = [end.users[0] for end in ends if shapes[end][0] == n or end in fed]
+        if rivals:
+            text = f"{output[0]!r}, registered last, is spared as the output layer, but no layer takes the outputs of"
+            cure = f"add them to skip, with prune_output=True if {output[0]!r} is no output layer"
+            yield f"{text} {_listed(rivals)}: if they're wanted, {cure}"
 
 
-def _matched(argument: str, entries: Any, names: Sequence[str]) -> list[list[str]]:
-    """For each entry, a name or pattern, the names that it matches."""
+def _matched(argument: str, entries: Any, names: Sequence[str], hint: str = "") -> set[str]:
+    """The names that entries, which are names or patterns, match."""
     if isinstance(entries, str) or not isinstance(entries, Collection):
         raise TypeError(f"{argument} must be a sequence of names or patterns, such as ({entries!r},), got {entries!r}")
-    matched = []
+    matched: set[str] = set()
     for entry in entries:
-        matched.append([name for name in names if name == entry or fnmatchcase(name, str(entry))])
-        if not matched[-1]:
-            raise ValueError(f"{argument}: {entry!r} names nothing that could be pruned{_near(entry, names)}")
+        found = {name for name in names if name == entry or fnmatchcase(name, str(entry))}
+        if not found:
+            raise ValueError(f"{argument}: {entry!r} names nothing that could be pruned{hint}{_near(entry, names)}")
+        matched |= found
     return matched
 
 
@@ -480,45 +457,41 @@ def _listed(names: Sequence[str]) -> str:
 
 def _fraction(sparsity: Any) -> float:
     """The sparsity as a float, if it is a fraction."""
-    number: Any = sparsity.item() if isinstance(sparsity, Tensor | np.ndarray) and sparsity.ndim == 0 else sparsity
-    if isinstance(number, bool) or not isinstance(number, numbers.Real):
-        raise TypeError(f"sparsity must be a number in [0, 1], got {number!r}")
-    if not 0 <= float(number) <= 1:
-        hint = f": did you mean {float(number) / 100:g}?" if 2 <= float(number) <= 100 else ""
-        raise ValueError(f"sparsity must be a fraction in [0, 1], got {number}{hint}")
-    return float(number)
+    if isinstance(sparsity, Tensor | np.ndarray) and sparsity.ndim == 0:
+        sparsity = sparsity.item()
+    if isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real):
+        raise TypeError(f"sparsity must be a number in [0, 1], got {sparsity!r}")
+    if not 0 <= float(sparsity) <= 1:
+        hint = f": did you mean {float(sparsity) / 100:g}?" if 2 <= float(sparsity) <= 100 else ""
+        raise ValueError(f"sparsity must be a fraction in [0, 1], got {sparsity}{hint}")
+    return float(sparsity)
 
 
 def _checked(name: str, tensor: Any, in_place: bool = False) -> Tensor:
-    """The tensor, detached, if it is one that can be ranked, and perhaps changed in place."""
+    """The tensor, detached, if it can be changed in place or, as that takes finite numbers, ranked."""
     if in_place and not isinstance(tensor, nn.Parameter):
         cure = "torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations"
         raise ValueError(f"{name} is computed from other parameters: make it permanent with {cure}")
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    is_lazy, is_wrapper = nn.parameter.is_lazy(tensor), hasattr(tensor, "__tensor_flatten__")
-    if is_lazy or is_wrapper or tensor.is_meta or tensor.layout is not torch.strided or tensor.dtype not in BITS:
+    empty = nn.parameter.is_lazy(tensor) or tensor.is_meta or hasattr(tensor, "__tensor_flatten__")
+    if empty or tensor.layout is not torch.strided or tensor.dtype not in BITS:
         got = f"{type(tensor).__name__}, {tensor.dtype}, {tensor.layout}, {tensor.device}"
-        got = "a lazy one without a shape yet: run a batch through the model" if is_lazy else got
-        raise ValueError(f"{name} must be a plain, dense tensor of fp16, bf16, fp32 or fp64 with values, got {got}")
+        wanted = "a plain, dense tensor of fp16, bf16, fp32 or fp64 with values, which a first batch gives lazy layers"
+        raise ValueError(f"{name} must be {wanted}, got {got}")
     if in_place and sum((size - 1) * tensor.stride(dim) for dim, size in enumerate(tensor.shape)) + 1 < tensor.numel():
         raise ValueError(f"{name} shares memory with itself, as an expanded tensor does: replace it by its clone()")
-    return tensor.detach()
-
-
-def _check_finite(name: str, weight: Tensor, witness: Tensor) -> None:
-    """An error if weights aren't finite, which their norms or their sum would show."""
-    if not witness.isfinite().all() and not weight.isfinite().all():
+    if not in_place and not tensor.sum().isfinite() and not tensor.isfinite().all():
         raise ValueError(f"{name} must be finite, but has NaN or infinite weights")
+    return tensor.detach()
 
 
 def _scored(weight: _Weight, method: str, generator: torch.Generator) -> Tensor:
     """Scores of a weight, of its own shape or (units,). Magnitudes are left to be taken block by block."""
     score, name = METHODS[method], weight.names[0]
-    tensor = _checked(name, weight.parameter, in_place=True)
+    tensor = _checked(name, _checked(name, weight.parameter, in_place=True))
     if score is torch.abs:
         return tensor
-    _check_finite(name, tensor, tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)))
     gradient, turned = weight.parameter.grad, weight.turned(tensor)
     if gradient is not None and gradient.shape == tensor.shape and gradient.layout is torch.strided:
         turned.grad = weight.turned(gradient.to(tensor.device, tensor.dtype))
@@ -537,65 +510,58 @@ def _scored(weight: _Weight, method: str, generator: torch.Generator) -> Tensor:
     return scores.detach() if scores.dim() == 1 else weight.turned(scores.detach())
 
 
-def _select(ranked: Mapping[str, Tensor], sparsity: float, magnitude: bool = False) -> list[Tensor]:
+def _select(ranked: Sequence[Tensor], sparsity: float, magnitude: bool = False) -> list[Tensor]:
     """Masks that prune exactly round(sparsity * n) of n scores: the lowest, of equal ones the earlier first.
 
-    The last one to prune most likely lies between two of a sample: all are compared with these, the few between them
-    are sorted. NumPy does so on the CPU, several times faster than torch, a block at a time.
+    The last to prune most likely lies between two of a sample: all are compared with these, the few between are sorted.
+    NumPy does so on the CPU, several times faster than torch, a block at a time.
 
     Source: Floyd and Rivest, "Expected Time Bounds for Selection" (1975).
     """
-    dtype = torch.float64 if any(scores.dtype == torch.float64 for scores in ranked.values()) else torch.float32
-    total = sum(scores.numel() for scores in ranked.values())
+    dtype = torch.float64 if any(scores.dtype == torch.float64 for scores in ranked) else torch.float32
+    total = sum(scores.numel() for scores in ranked)
     count = round(sparsity * total)
     step = 6 * int(total ** (1 / 3) / 16) + 1  # 1 for few scores; out of step with rows of 2, 3, 4, 6, … scores
-    masks, blocks, samples, start = [], [], [], 0
-    for name, scores in ranked.items():
-        mask, flat = torch.empty(scores.shape, dtype=torch.bool, device="cpu"), scores.reshape(-1)
-        masks.append(mask)
-        samples.append(flat[-start % step :: step].to("cpu", dtype).numpy())
+    masks = [torch.empty(scores.shape, dtype=torch.bool, device="cpu") for scores in ranked]
+    blocks, samples, start = [], [], 0
+    for flat, mask in zip((scores.reshape(-1) for scores in ranked), masks, strict=True):
+        samples.append(flat[-start % step :: step].to("cpu", dtype))
         for part, keep in zip(flat.split(BLOCK), mask.view(-1).split(BLOCK), strict=True):
-            blocks.append((name, start, part, keep.numpy()))
+            blocks.append((start, part, keep.numpy()))
             start += len(part)
-    sample = np.abs(np.concatenate(samples)) if magnitude else np.concatenate(samples)
+    sample = (torch.cat(samples).abs() if magnitude else torch.cat(samples)).numpy()
     ordered, rank = np.sort(sample), len(sample) * count / max(total, 1)
     margin = 2.5 * math.sqrt(rank * (1 - count / max(total, 1))) + 1  # 2.5 standard deviations
     while True:
         low, high = (_bound(sample, ordered, math.ceil(rank + side) - 1, step) for side in (-margin, margin))
         kept, indices, values = 0, [], []
-        for name, start, part, keep in blocks:
-            numbers = part.to("cpu", dtype).numpy()
-            if magnitude and not math.isfinite((numbers := np.abs(numbers)).max(initial=0)):
-                raise ValueError(f"{name} must be finite, but has NaN or infinite weights")
-            inside = _compare(numbers, start, low, np.empty_like(keep)) ^ _compare(numbers, start, high, keep)
+        for start, part, keep in blocks:
+            scores = part.to("cpu", dtype).numpy()
+            scores = np.abs(scores) if magnitude else scores
+            keep[:] = _after(scores, start, high)
             kept += int(np.count_nonzero(keep))
-            indices.append(np.flatnonzero(inside))
-            values.append(numbers[indices[-1]])
+            indices.append(np.flatnonzero(_after(scores, start, low) ^ keep))
+            values.append(scores[indices[-1]])
         between = np.concatenate(values)
         excess = count - (total - kept - len(between))  # how many of those between are to be pruned
         if 0 <= excess <= len(between):
             break
         margin *= 4  # the sample misled
-    last = _bound(between, np.sort(between), excess - 1)
-    after = _compare(between, 0, last, np.empty(len(between), bool))
-    for (_, _, _, keep), index in zip(blocks, indices, strict=True):
+    after = _after(between, 0, _bound(between, np.sort(between), excess - 1))
+    for (_, _, keep), index in zip(blocks, indices, strict=True):
         keep[index], after = after[: len(index)], after[len(index) :]
-    return [mask.to(scores.device) for mask, scores in zip(masks, ranked.values(), strict=True)]
+    return [mask.to(scores.device) for mask, scores in zip(masks, ranked, strict=True)]
 
 
 def _bound(scores: np.ndarray, ordered: np.ndarray, rank: int, step: int = 1) -> tuple[float, int]:
     """The score of a rank and its position, if positions are a step apart; out of range, one before or after all."""
-    if rank < 0:
-        return -math.inf, -1
-    if rank >= len(scores) or np.isnan(ordered[rank]):
-        return math.inf, step * len(scores)
+    if not 0 <= rank < len(scores):
+        return (-math.inf, -1) if rank < 0 else (math.inf, step * len(scores))
     equal = np.flatnonzero(scores == ordered[rank])
     return ordered[rank], step * int(equal[rank - np.searchsorted(ordered, ordered[rank])])
 
 
-def _compare(scores: np.ndarray, start: int, bound: tuple[float, int], out: np.ndarray) -> np.ndarray:
+def _after(scores: np.ndarray, start: int, bound: tuple[float, int]) -> np.ndarray:
     """Whether each score, the first at position `start`, ranks after a bound: is greater, or equal and further on."""
-    cut = max(bound[1] + 1 - start, 0)
-    np.greater(scores[:cut], bound[0], out=out[:cut])
-    np.greater_equal(scores[cut:], bound[0], out=out[cut:])
-    return out
+    value, cut = bound[0], max(bound[1] + 1 - start, 0)
+    return np.concatenate([scores[:cut] > value, scores[cut:] >= value])
