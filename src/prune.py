@@ -403,25 +403,21 @@ def _doubts(output: Sequence[str], free: Sequence[_Weight], matrices: Sequence[_
     dense = {w.names[0]: w.parameter.numel() for w in matrices if w.dim is None and w in free}
     share = sum(dense.values()) / max(1, sum(w.parameter.numel() for w in matrices))
     if share >= 0.1:
-        text = (
-            f"{share:.0%} of the weights stay dense, as LAYERS lacks the classes of their modules: {_listed([*dense])}"
-        )
-        yield f"{text}; prune them by name with only=(…), or spare the modules with skip=(…)"
+        text = f"{share:.0%} of the weights stay dense, as LAYERS lacks the classes of their modules"
+        yield f"{text}: {_listed([*dense])}; prune them by name with only=(…), or spare the modules with skip=(…)"
     shapes = {w: w.turned(torch.empty(w.parameter.shape, device="meta")).shape for w in matrices}
     convolves = {w: hasattr(w.modules[0], "kernel_size") for w in matrices}
     inputs = {w: shapes[w][w.dim is not None : 2 if convolves[w] else None] for w in matrices}
 
     def taken(weight: _Weight, takers: Iterable[_Weight]) -> bool:
-        """Whether its outputs fit inputs of theirs: exactly, beside a few others, or, of a convolution, flattened."""
-        n, most = shapes[weight][0], math.inf if convolves[weight] else 8
-        return n == 0 or any(size % n == 0 and size <= most * n for taker in takers for size in inputs[taker])
+        """Whether they take as many inputs as it has outputs or, of a convolution, a multiple: flattened images."""
+        n, sizes = max(shapes[weight][0], 1), {size for taker in takers for size in inputs[taker]}
+        return n in sizes or (convolves[weight] and any(size % n == 0 for size in sizes))
 
     layers = [weight for weight in matrices if weight.dim is not None]
     ends = [weight for weight in layers if weight in free and not taken(weight, matrices)]
     for last in [weight for weight in layers if {*output} & {*weight.users}]:  # one, if any
-        n = shapes[last][0]
-        fed = [end for end in ends if taken(last, [end]) and (shapes[end][0] < n or n in inputs[end])]
-        rivals = [end.users[0] for end in ends if shapes[end][0] == n or end in fed]
+        rivals = [end.users[0] for end in ends if shapes[end][0] == shapes[last][0] or taken(last, [end])]
         if rivals:
             text = f"{output[0]!r}, registered last, is spared as the output layer, but no layer takes the outputs of"
             cure = f"add them to skip, with prune_output=True if {output[0]!r} is no output layer"
