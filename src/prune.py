@@ -1,9 +1,9 @@
 """Prune any PyTorch model: find masks of what to remove, apply them, and see what each sparsity costs.
 
 A mask is a boolean tensor of a weight's shape, True = keep; masks come in a dict by parameter name, fit for torch.save.
-Finding them changes nothing, applying them makes zeros: pruned models stay plain modules. They suit torch's
-``custom_from_mask``, and this gives torch's own: ``{name.removesuffix("_mask"): mask.bool() for name, mask in
-model.named_buffers() if name.endswith("_mask")}``. The file needs just torch and numpy: copy it beside any notebook.
+Pruned models stay plain modules. torch's ``custom_from_mask`` takes these masks, and torch's own are
+``{name.removesuffix("_mask"): mask.bool() for name, mask in model.named_buffers() if name.endswith("_mask")}``.
+The file needs just torch and numpy: copy it beside any notebook.
 """
 
 import copy
@@ -29,8 +29,8 @@ def _unit_norm(weight: Tensor) -> Tensor:
     """L2 norm of each unit: (units, …) → (units,), in fp64."""
     rows = weight.unsqueeze(-1).flatten(1)
     blocks = rows.split(max(BLOCK // max(rows.shape[1], 1), 1))  # torch converts half precision
-    precision = torch.promote_types(rows.dtype, torch.float32)
-    norm = torch.cat([torch.linalg.vector_norm(block, dim=1, dtype=precision) for block in blocks]).double()
+    how: Any = {"dim": 1, "dtype": torch.promote_types(rows.dtype, torch.float32)}
+    norm = torch.cat([torch.linalg.vector_norm(block, **how) for block in blocks]).double()
     unsafe = ~((norm > 1e-12) & (norm < 1e18))  # squares may have vanished or overflowed
     if rows.numel() and unsafe.any():
         unsafe &= (rows.amax(1) > 0) | (rows.amin(1) < 0)  # zeros are safe
@@ -82,25 +82,24 @@ def weight_mask(weight: Tensor, sparsity: float) -> Tensor:
     >>> weight_mask(torch.tensor([0.5, -0.1, -2.0, 0.1]), sparsity=0.5)
     tensor([ True, False,  True, False])
     """
-    return _select([_checked("weight", weight)], _fraction(sparsity), magnitude=True)[0]
+    return _select({"weight": _checked("weight", weight)}, _fraction(sparsity), magnitude=True)[0]
 
 
 def unit_mask(weight: Tensor, sparsity: float, dim: int = 0) -> Tensor:
-    """Mask that prunes the units of lowest L2 norm: a boolean tensor of weight's shape, whole units along dim.
+    """Mask that prunes the units of lowest L2 norm, as `weight_mask` prunes weights.
 
     Args:
-        weight, sparsity, and what is raised: as in `weight_mask`, with units in place of weights.
-        dim: the dimension that counts units: 0 in a Linear's (out, in), where a row is a unit.
+        dim: the dimension of weight that counts units: 0 in a Linear's (out, in), where a row is a unit.
     Source: Li et al., "Pruning Filters for Efficient ConvNets" (2017), here with the L2 norm.
 
     >>> unit_mask(torch.tensor([[3.0, 4.0], [0.3, 0.4]]), sparsity=0.5).tolist()
     [[True, True], [False, False]]
     """
-    weight = _checked("weight", weight)
+    weight = _checked("weight", weight, finite=True)
     if isinstance(dim, bool) or not isinstance(dim, numbers.Integral) or not -weight.dim() <= dim < weight.dim():
         raise ValueError(f"dim must be an integer, one of weight's {weight.dim()} dimensions, got {dim!r}")
     units = weight.transpose(0, int(dim))
-    (keep,) = _select([_unit_norm(units)], _fraction(sparsity))
+    (keep,) = _select({"weight": _unit_norm(units)}, _fraction(sparsity))
     mask = keep.view(-1, *[1] * (weight.dim() - 1)).expand_as(units)
     return mask.transpose(0, int(dim)).contiguous()
 
@@ -125,17 +124,15 @@ def find_masks(
         method: a name in `METHODS`.
         sparsity: fraction in [0, 1]: exactly ``round(sparsity * n)`` weights or units go; more prune a superset.
         scope: "layer" ranks within each layer, "global" across all: best for the weights of convolutional networks.
-            Units then rank by norms relative to the largest of their layer, so that none loses all of its units early.
         skip: names or patterns of layers to spare as well: ``("conv1", "body.*")``.
         prune_output: prune the output layer, too: the prunable layer that was registered last, unless a warning comes.
         only: names or patterns of parameters to prune instead: ``("lstm.weight_*",)``. Units need a class in `LAYERS`.
         generator: source of the random methods' numbers. None: they follow ``torch.manual_seed``, the same each time.
-    Returns: masks by parameter name, such as "fc1.weight", True = keep. Unit methods mask the biases, too ("fc1.bias"),
-        but not those that other layers share; and a BatchNorm behind a pruned unit still emits its shift.
-    Raises: TypeError, ValueError: an argument of the wrong type or range; nothing to prune; a method that fails; a
-        weight that can't be ranked (lazy, meta, sparse, quantized, expanded, not finite, computed from others …).
-    Warns: UserWarning: a layer loses everything; the spared layer is probably not the output, or not all of it; a tenth
-        or more of the weights stays dense because `LAYERS` lacks the classes of their modules.
+    Returns: masks by parameter name, such as "fc1.weight", True = keep. Unit methods mask biases, too, unless other
+        layers share them. A BatchNorm behind a pruned unit still emits its shift.
+    Raises: TypeError, ValueError: a bad argument, nothing to prune, a method that fails, a weight that can't be ranked
+        (lazy, meta, sparse, quantized, expanded, not finite, computed from others).
+    Warns: UserWarning: a layer loses everything; another layer may be the output; much that `LAYERS` lacks stays dense.
 
     >>> masks = find_masks(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), "unit", sparsity=1 / 3)
     >>> {name: mask.count_nonzero().item() for name, mask in masks.items()}
@@ -150,14 +147,12 @@ def find_masks(
     generator = generator or torch.Generator("cpu").manual_seed(torch.initial_seed())  # of its own, for threads' sake
     weights, doubts = _chosen(model, skip, prune_output, only)
     masks: dict[str, Tensor] = {}
-    empty = []
     for group in [weights] if scope == "global" else [[weight] for weight in weights]:
-        scores = [_scored(weight, method, generator) for weight in group]
+        scores = {weight.names[0]: _scored(weight, method, generator) for weight in group}
         for weight, keep in zip(group, _select(scores, sparsity, METHODS[method] is torch.abs), strict=True):
             masks |= weight.masks(keep)
-            if weight.parameter.numel() and not keep.cpu().numpy().any():  # NumPy stops at the first
-                empty.append(weight.names[0])
-    if empty:
+    names = [weight.names[0] for weight in weights if weight.parameter.numel()]
+    if empty := [name for name in names if not masks[name].cpu().numpy().any()]:  # NumPy stops at the first
         doubts.append(f"pruning leaves nothing of {_listed(empty)} at sparsity {sparsity:g}")
     for doubt in doubts:
         warnings.warn(doubt, stacklevel=2)
@@ -170,7 +165,6 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     ``optimizer.register_step_post_hook(lambda *_: apply_masks(model, masks))`` holds it at zero through training.
 
     Args:
-        model: any module, also wrapped by torch.compile or DataParallel.
         masks: boolean tensors by parameter name, True = keep, of the parameters' shapes, on any device.
     Raises: TypeError, ValueError: masks that aren't boolean tensors by name, or fit no parameter that can be pruned.
 
@@ -185,13 +179,15 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     pairs = []
     for name, mask in masks.items():
         if name not in parameters:
-            raise ValueError(f"the model has no parameter {name!r}{_near(name, parameters)}")
+            near = _listed(difflib.get_close_matches(str(name), parameters, cutoff=0))
+            raise ValueError(f"the model has no parameter {name!r}: did you mean {near}?")
         parameter = _checked(name, parameters[name], in_place=True)
         fits = isinstance(mask, Tensor) and mask.dtype is torch.bool and mask.shape == parameter.shape
         if not fits or mask.is_meta or mask.layout is not torch.strided:
             got = f"{tuple(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
-            shape = tuple(parameter.shape)
-            raise ValueError(f"the mask of {name} must be a dense, boolean {shape} (True = keep), got {got}")
+            raise ValueError(
+                f"the mask of {name} must be dense, boolean {tuple(parameter.shape)}, True = keep, got {got}"
+            )
         pairs.append((parameter.view(BITS[parameter.dtype]), mask.to(parameter.device)))
     for bits, mask in pairs:
         bits.mul_(mask)  # +0.0 even for NaN, in a tenth of the time of masked_fill_
@@ -200,10 +196,9 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 def prune_model(model: nn.Module, method: str, sparsity: float, **options: Any) -> nn.Module:
     """A pruned deep copy of a model. Arguments, errors and warnings are those of `find_masks`.
 
-    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-    >>> pruned = prune_model(model, "weight", sparsity=0.75, scope="global")
-    >>> achieved_sparsity(pruned), achieved_sparsity(model)
-    (0.75, 0.0)
+    >>> model = prune_model(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), "weight", sparsity=0.75, scope="global")
+    >>> achieved_sparsity(model)
+    0.75
     """
     masks = find_masks(model, method, sparsity, **options)
     pruned = copy.deepcopy(model)
@@ -248,13 +243,11 @@ def sweep(
     """Prune and score copies of a model, each made from the same dense one, which stays as it is.
 
     Args:
-        model, method, scope, generator, and skip, prune_output, only as options: as in `find_masks`. All points use the
-            same random numbers, the generator's next ones, so that a larger sparsity prunes a superset.
-        sparsities: fractions in [0, 1], in any order.
+        model, method, scope, generator, and skip, prune_output, only as options: as in `find_masks`.
+        sparsities: fractions in [0, 1], in any order; with the same random numbers, larger ones prune supersets.
         score: gets a pruned copy in eval mode; what it returns, such as an accuracy, is passed through.
         retrain: gets the copy, in training mode but for frozen modules, and the masks; the copy is then scored again.
-    Returns: a point for each sparsity, in their order.
-    Raises: TypeError, ValueError: as `find_masks`, before anything is scored.
+    Returns: a point for each sparsity, in their order. Raises: as `find_masks`, before anything is scored.
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> [point.achieved for point in sweep(model, "weight", [0.25, 0.75], score=lambda pruned: 0.0)]
@@ -262,7 +255,7 @@ def sweep(
     """
     if isinstance(sparsities, str) or not isinstance(sparsities, Iterable):
         raise TypeError(f"sparsities must be several numbers in [0, 1], got {sparsities!r}")
-    if not callable(score) or not (retrain is None or callable(retrain)):
+    if not callable(score) or not callable(retrain or score):
         raise TypeError(f"score and retrain must be functions, got {score!r} and {retrain!r}")
     points, seed = [], None
     if isinstance(generator, torch.Generator):
@@ -286,12 +279,9 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     """Take the statistics of BatchNorm layers again, in place, for pruning has changed what they should be.
 
     They become the average over all batches: inputs, or tuples that begin with them, such as (images, labels), moved to
-    the model's device. Nothing else changes, and after an error not even they.
+    the model's device. Nothing else changes, and after an error (ValueError: there are no batches) not even they.
 
-    Raises: ValueError: there are no batches.
-
-    >>> model = nn.BatchNorm1d(2)
-    >>> recalibrate(model, [torch.ones(8, 2)])
+    >>> recalibrate(model := nn.BatchNorm1d(2), [torch.ones(8, 2)])
     >>> model.running_mean
     tensor([1., 1.])
     """
@@ -375,21 +365,19 @@ def _matrices(model: nn.Module) -> list[_Weight]:
     return [weight for weight in found.values() if weight.dim is not None or weight.parameter.ndim > 1]
 
 
-def _chosen(
-    model: nn.Module, skip: Collection[str], prune_output: bool, only: Collection[str] | None
-) -> tuple[list[_Weight], list[str]]:
+def _chosen(model: nn.Module, skip: Any, prune_output: bool, only: Any) -> tuple[list[_Weight], list[str]]:
     """The weights to prune, and what the user may not expect of this choice."""
     matrices = _matrices(model)
     layers = [name for name, module in _modules(model) if isinstance(module, tuple(LAYERS))]
     output = [] if prune_output else layers[-1:]
-    skipped = _matched("skip", skip, [name for weight in matrices for name in weight.users])
+    skipped = _matched("skip", skip, {name for weight in matrices for name in weight.users})
     spared = tuple(f"{name}." for name in {*output, *skipped})
     free = [weight for weight in matrices if not any(f"{name}.".startswith(spared) for name in weight.users)]
     chosen = [weight for weight in free if weight.dim is not None]
     doubts = [*_doubts(output, free if only is None else chosen, matrices)]
     hint = f"; {output[0]!r}, registered last, is spared as the output unless prune_output=True" if output else ""
     if only is not None:
-        named = _matched("only", only, [name for weight in free for name in weight.names], hint)
+        named = _matched("only", only, {name for weight in free for name in weight.names}, hint)
         chosen = [weight for weight in free if named & {*weight.names}]
     if not chosen:
         others = f"; only=(…) could name {_listed([weight.names[0] for weight in free])}" if free else ""
@@ -424,23 +412,17 @@ def _doubts(output: Sequence[str], free: Sequence[_Weight], matrices: Sequence[_
             yield f"{text} {_listed(rivals)}: if they're wanted, {cure}"
 
 
-def _matched(argument: str, entries: Any, names: Sequence[str], hint: str = "") -> set[str]:
+def _matched(argument: str, entries: Any, names: Collection[str], hint: str = "") -> set[str]:
     """The names that entries, which are names or patterns, match."""
     if isinstance(entries, str) or not isinstance(entries, Collection):
         raise TypeError(f"{argument} must be a sequence of names or patterns, such as ({entries!r},), got {entries!r}")
-    matched: set[str] = set()
+    matched: dict[Any, set[str]] = {}
     for entry in entries:
-        found = {name for name in names if name == entry or fnmatchcase(name, str(entry))}
-        if not found:
-            raise ValueError(f"{argument}: {entry!r} names nothing that could be pruned{hint}{_near(entry, names)}")
-        matched |= found
-    return matched
-
-
-def _near(name: object, names: Iterable[str]) -> str:
-    """The end of a message: the names that may have been meant."""
-    near = difflib.get_close_matches(str(name), dict.fromkeys(names), n=3)
-    return f": did you mean {' or '.join(map(repr, near))}?" if near else f"; there is {_listed([*names]) or 'none'}"
+        matched[entry] = {name for name in names if name == entry or fnmatchcase(name, str(entry))}
+        if not matched[entry]:
+            near = _listed(difflib.get_close_matches(str(entry), names, cutoff=0))
+            raise ValueError(f"{argument}: {entry!r} names nothing that could be pruned{hint}: did you mean {near}?")
+    return set().union(*matched.values())
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -453,18 +435,17 @@ def _listed(names: Sequence[str]) -> str:
 
 def _fraction(sparsity: Any) -> float:
     """The sparsity as a float, if it is a fraction."""
-    if isinstance(sparsity, Tensor | np.ndarray) and sparsity.ndim == 0:
-        sparsity = sparsity.item()
-    if isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real):
+    if isinstance(sparsity, bool) or not hasattr(sparsity, "__float__") or getattr(sparsity, "ndim", False):
         raise TypeError(f"sparsity must be a number in [0, 1], got {sparsity!r}")
-    if not 0 <= float(sparsity) <= 1:
-        hint = f": did you mean {float(sparsity) / 100:g}?" if 2 <= float(sparsity) <= 100 else ""
-        raise ValueError(f"sparsity must be a fraction in [0, 1], got {sparsity}{hint}")
-    return float(sparsity)
+    number = float(sparsity)
+    if not 0 <= number <= 1:
+        hint = f": did you mean {number / 100:g}?" if 2 <= number <= 100 else ""
+        raise ValueError(f"sparsity must be a fraction in [0, 1], got {number:.10g}{hint}")
+    return number
 
 
-def _checked(name: str, tensor: Any, in_place: bool = False) -> Tensor:
-    """The tensor, detached, if it can be changed in place or, as that takes finite numbers, ranked."""
+def _checked(name: str, tensor: Any, in_place: bool = False, finite: bool = False) -> Tensor:
+    """The tensor, detached, if it can be ranked and, if so wanted, be changed in place or is known to be finite."""
     if in_place and not isinstance(tensor, nn.Parameter):
         cure = "torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations"
         raise ValueError(f"{name} is computed from other parameters: make it permanent with {cure}")
@@ -477,7 +458,7 @@ def _checked(name: str, tensor: Any, in_place: bool = False) -> Tensor:
         raise ValueError(f"{name} must be {wanted}, got {got}")
     if in_place and sum((size - 1) * tensor.stride(dim) for dim, size in enumerate(tensor.shape)) + 1 < tensor.numel():
         raise ValueError(f"{name} shares memory with itself, as an expanded tensor does: replace it by its clone()")
-    if not in_place and not tensor.sum().isfinite() and not tensor.isfinite().all():
+    if finite and not tensor.sum().isfinite() and not tensor.isfinite().all():
         raise ValueError(f"{name} must be finite, but has NaN or infinite weights")
     return tensor.detach()
 
@@ -485,7 +466,7 @@ def _checked(name: str, tensor: Any, in_place: bool = False) -> Tensor:
 def _scored(weight: _Weight, method: str, generator: torch.Generator) -> Tensor:
     """Scores of a weight, of its own shape or (units,). Magnitudes are left to be taken block by block."""
     score, name = METHODS[method], weight.names[0]
-    tensor = _checked(name, _checked(name, weight.parameter, in_place=True))
+    tensor = _checked(name, weight.parameter, in_place=True, finite=score is not torch.abs)
     if score is torch.abs:
         return tensor
     gradient, turned = weight.parameter.grad, weight.turned(tensor)
@@ -506,7 +487,7 @@ def _scored(weight: _Weight, method: str, generator: torch.Generator) -> Tensor:
     return scores.detach() if scores.dim() == 1 else weight.turned(scores.detach())
 
 
-def _select(ranked: Sequence[Tensor], sparsity: float, magnitude: bool = False) -> list[Tensor]:
+def _select(ranked: Mapping[str, Tensor], sparsity: float, magnitude: bool = False) -> list[Tensor]:
     """Masks that prune exactly round(sparsity * n) of n scores: the lowest, of equal ones the earlier first.
 
     The last to prune most likely lies between two of a sample: all are compared with these, the few between are sorted.
@@ -514,50 +495,50 @@ def _select(ranked: Sequence[Tensor], sparsity: float, magnitude: bool = False) 
 
     Source: Floyd and Rivest, "Expected Time Bounds for Selection" (1975).
     """
-    dtype = torch.float64 if any(scores.dtype == torch.float64 for scores in ranked) else torch.float32
-    total = sum(scores.numel() for scores in ranked)
-    count = round(sparsity * total)
+    flats = {name: scores.reshape(-1) for name, scores in ranked.items()}
+    masks = [torch.empty(scores.shape, dtype=torch.bool, device="cpu") for scores in ranked.values()]
+    blocks = [
+        (name, part, keep.numpy())
+        for (name, flat), mask in zip(flats.items(), masks, strict=True)
+        for part, keep in zip(flat.split(BLOCK), mask.view(-1).split(BLOCK), strict=True)
+    ]
+    dtype = torch.float64 if any(flat.dtype == torch.float64 for flat in flats.values()) else torch.float32
+
+    def numbers_of(part: Tensor) -> np.ndarray:
+        scores = part.to("cpu", dtype).numpy()
+        return np.abs(scores) if magnitude else scores
+
+    total = sum(map(len, flats.values()))
+    stay = total - round(sparsity * total)
     step = 6 * int(total ** (1 / 3) / 16) + 1  # 1 for few scores; out of step with rows of 2, 3, 4, 6, … scores
-    masks = [torch.empty(scores.shape, dtype=torch.bool, device="cpu") for scores in ranked]
-    blocks, samples, start = [], [], 0
-    for flat, mask in zip((scores.reshape(-1) for scores in ranked), masks, strict=True):
-        samples.append(flat[-start % step :: step].to("cpu", dtype))
-        for part, keep in zip(flat.split(BLOCK), mask.view(-1).split(BLOCK), strict=True):
-            blocks.append((start, part, keep.numpy()))
-            start += len(part)
-    sample = (torch.cat(samples).abs() if magnitude else torch.cat(samples)).numpy()
-    ordered, rank = np.sort(sample), len(sample) * count / max(total, 1)
-    margin = 2.5 * math.sqrt(rank * (1 - count / max(total, 1))) + 1  # 2.5 standard deviations
+    sample = np.sort(np.concatenate([numbers_of(flat[::step]) for flat in flats.values()]))
+    rank = len(sample) * (1 - stay / max(total, 1))
+    margin = 2.5 * math.sqrt(rank * stay / max(total, 1)) + 1  # 2.5 standard deviations
     while True:
-        low, high = (_bound(sample, ordered, math.ceil(rank + side) - 1, step) for side in (-margin, margin))
-        kept, indices, values = 0, [], []
-        for start, part, keep in blocks:
-            scores = part.to("cpu", dtype).numpy()
-            scores = np.abs(scores) if magnitude else scores
-            keep[:] = _after(scores, start, high)
-            kept += int(np.count_nonzero(keep))
-            indices.append(np.flatnonzero(_after(scores, start, low) ^ keep))
-            values.append(scores[indices[-1]])
-        between = np.concatenate(values)
-        excess = count - (total - kept - len(between))  # how many of those between are to be pruned
-        if 0 <= excess <= len(between):
-            break
+        low = sample[int(rank - margin)] if rank >= margin else -math.inf
+        high = sample[int(rank + margin)] if rank + margin < len(sample) else math.inf
+        spare, between = stay, []  # how many more stay than are known to
+        for name, part, keep in blocks:
+            scores = numbers_of(part)
+            if magnitude and not math.isfinite(scores.max(initial=0)):
+                raise ValueError(f"{name} must be finite, but has NaN or infinite weights")
+            np.greater_equal(scores, high, out=keep)
+            index = np.flatnonzero((scores > low) > keep)
+            between.append((index, scores[index]))
+            spare -= int(np.count_nonzero(keep))
+        ordered = np.sort(np.concatenate([scores for _, scores in between]))
+        last = high if spare < 0 else low if spare >= len(ordered) else ordered[-1 - spare]  # the last to prune
+        spare = stay
+        for (_, part, keep), (index, scores) in zip(blocks, between, strict=True):
+            if last < high:
+                keep[index] = scores > last
+            else:
+                np.greater(numbers_of(part), last, out=keep)
+            spare -= int(np.count_nonzero(keep))
+        for _, part, keep in reversed(blocks if spare > 0 else []):  # of those that equal the last, the later ones stay
+            equal = np.flatnonzero(numbers_of(part) == last)[::-1][:spare]
+            keep[equal] = True
+            spare -= len(equal)
+        if spare == 0:
+            return [mask.to(scores.device) for mask, scores in zip(masks, ranked.values(), strict=True)]
         margin *= 4  # the sample misled
-    after = _after(between, 0, _bound(between, np.sort(between), excess - 1))
-    for (_, _, keep), index in zip(blocks, indices, strict=True):
-        keep[index], after = after[: len(index)], after[len(index) :]
-    return [mask.to(scores.device) for mask, scores in zip(masks, ranked, strict=True)]
-
-
-def _bound(scores: np.ndarray, ordered: np.ndarray, rank: int, step: int = 1) -> tuple[float, int]:
-    """The score of a rank and its position, if positions are a step apart; out of range, one before or after all."""
-    if not 0 <= rank < len(scores):
-        return (-math.inf, -1) if rank < 0 else (math.inf, step * len(scores))
-    equal = np.flatnonzero(scores == ordered[rank])
-    return ordered[rank], step * int(equal[rank - np.searchsorted(ordered, ordered[rank])])
-
-
-def _after(scores: np.ndarray, start: int, bound: tuple[float, int]) -> np.ndarray:
-    """Whether each score, the first at position `start`, ranks after a bound: is greater, or equal and further on."""
-    value, cut = bound[0], max(bound[1] + 1 - start, 0)
-    return np.concatenate([scores[:cut] > value, scores[cut:] >= value])

@@ -869,7 +869,7 @@ def test_masks_come_from_torch_and_go_to_it() -> None:
     with pytest.raises(ValueError, match=r"0\.bias is computed from other parameters"):
         prune.find_masks(model, "unit", 0.5)
     peer.custom_from_mask(model[0], "weight", masks["0.weight"])
-    with pytest.raises(ValueError, match=r"no parameter '0\.weight': did you mean .*'0\.weight_orig'"):
+    with pytest.raises(ValueError, match=r"no parameter '0\.weight': did you mean .*0\.weight_orig"):
         prune.apply_masks(model, masks)
     prune.apply_masks(dense, returned)
     batch = torch.randn(3, 6)
@@ -925,17 +925,17 @@ def test_masks_apply_to_any_precision_and_layout(dtype: torch.dtype) -> None:
         (
             {"9.weight": torch.ones(5, 6, dtype=torch.bool)},
             ValueError,
-            r"no parameter '9\.weight': did you mean '[02]\.weight'",
+            r"no parameter '9\.weight': did you mean [02]\.weight",
         ),
         ({"0": torch.ones(5, 6, dtype=torch.bool)}, ValueError, "no parameter '0'"),
         (
             {"0.weight": torch.ones(6, 5, dtype=torch.bool)},
             ValueError,
-            r"dense, boolean \(5, 6\) .*, got \(6, 5\) of torch.bool",
+            r"dense, boolean \(5, 6\), .*, got \(6, 5\) of torch.bool",
         ),
-        ({"0.weight": torch.ones(5, 6)}, ValueError, r"boolean .* \(True = keep\), got \(5, 6\) of torch.float32"),
-        ({"0.weight": [[True] * 6] * 5}, ValueError, r"boolean .* \(True = keep\), got list"),
-        ({"0.weight": torch.ones(5, 6, dtype=torch.bool, device="meta")}, ValueError, "must be a dense"),
+        ({"0.weight": torch.ones(5, 6)}, ValueError, r"boolean .* True = keep, got \(5, 6\) of torch.float32"),
+        ({"0.weight": [[True] * 6] * 5}, ValueError, r"boolean .* True = keep, got list"),
+        ({"0.weight": torch.ones(5, 6, dtype=torch.bool, device="meta")}, ValueError, "must be dense"),
         ({3: torch.ones(5, 6, dtype=torch.bool)}, ValueError, "no parameter 3"),
     ],
 )
@@ -1024,18 +1024,18 @@ def test_masks_hold_through_training(optimizer: Callable[..., torch.optim.Optimi
         ({"method": "l1"}, ValueError, "unknown method 'l1': expected one of weight, unit, random_weight, random_unit"),
         ({"sparsity": 50}, ValueError, r"did you mean 0\.5\?"),
         ({"scope": "model"}, ValueError, "unknown scope 'model': expected one of layer, global"),
-        ({"skip": ("fc9",)}, ValueError, r"skip: 'fc9' names nothing .*; there is 0, 2, 4$"),
+        ({"skip": ("fc9",)}, ValueError, r"skip: 'fc9' names nothing .*: did you mean 4, 2, 0\?$"),
         ({"skip": ("1",)}, ValueError, r"skip: '1' names nothing"),
-        ({"skip": ("0.*",)}, ValueError, r"skip: '0\.\*' names nothing that could be pruned; there is 0, 2, 4$"),
+        ({"skip": ("0.*",)}, ValueError, r"skip: '0\.\*' names nothing .*: did you mean 0, 4, 2\?$"),
         ({"skip": "4"}, TypeError, r"such as \('4',\), got '4'"),
         ({"skip": 4}, TypeError, "skip must be a sequence of names"),
         ({"skip": None}, TypeError, "skip must be a sequence of names"),
         ({"only": "0.weight"}, TypeError, "only must be a sequence of names"),
-        ({"only": ("0.wieght",)}, ValueError, r"only: '0\.wieght' names nothing .*: did you mean '0\.weight'"),
+        ({"only": ("0.wieght",)}, ValueError, r"only: '0\.wieght' names nothing .*: did you mean 0\.weight"),
         (
             {"only": ("0.bias",)},
             ValueError,
-            r"only: '0\.bias' names nothing that could be pruned; '4', .*; there is 0\.weight, 2",
+            r"only: '0\.bias' names nothing that could be pruned; '4', .*: did you mean 0\.weight",
         ),
         ({"only": ()}, ValueError, "every layer in LAYERS is spared"),
         (
