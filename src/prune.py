@@ -492,53 +492,48 @@ def _select(ranked: Mapping[str, Tensor], sparsity: float, magnitude: bool = Fal
 
     The last to prune most likely lies between two of a sample: all are compared with these, the few between are sorted.
     NumPy does so on the CPU, several times faster than torch, a block at a time.
-
     Source: Floyd and Rivest, "Expected Time Bounds for Selection" (1975).
     """
-    flats = {name: scores.reshape(-1) for name, scores in ranked.items()}
-    masks = [torch.empty(scores.shape, dtype=torch.bool, device="cpu") for scores in ranked.values()]
-    blocks = [
-        (name, part, keep.numpy())
-        for (name, flat), mask in zip(flats.items(), masks, strict=True)
-        for part, keep in zip(flat.split(BLOCK), mask.view(-1).split(BLOCK), strict=True)
-    ]
-    dtype = torch.float64 if any(flat.dtype == torch.float64 for flat in flats.values()) else torch.float32
+    masks = {name: torch.empty(scores.shape, dtype=torch.bool, device="cpu") for name, scores in ranked.items()}
+    dtype = torch.float64 if any(scores.dtype == torch.float64 for scores in ranked.values()) else torch.float32
 
-    def numbers_of(part: Tensor) -> np.ndarray:
-        scores = part.to("cpu", dtype).numpy()
-        return np.abs(scores) if magnitude else scores
+    def blocks(step: int = 1) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        for name, scores in ranked.items():
+            parts, keeps = scores.reshape(-1)[::step].split(BLOCK), masks[name].view(-1)[::step].split(BLOCK)
+            for part, keep in zip(parts, keeps, strict=True):
+                numbers = part.to("cpu", dtype).numpy()
+                yield name, np.abs(numbers) if magnitude else numbers, keep.numpy()
 
-    total = sum(map(len, flats.values()))
+    total = sum(scores.numel() for scores in ranked.values())
     stay = total - round(sparsity * total)
     step = 6 * int(total ** (1 / 3) / 16) + 1  # 1 for few scores; out of step with rows of 2, 3, 4, 6, … scores
-    sample = np.sort(np.concatenate([numbers_of(flat[::step]) for flat in flats.values()]))
+    sample = np.sort(np.concatenate([scores for _, scores, _ in blocks(step)]))
     rank = len(sample) * (1 - stay / max(total, 1))
     margin = 2.5 * math.sqrt(rank * stay / max(total, 1)) + 1  # 2.5 standard deviations
     while True:
         low = sample[int(rank - margin)] if rank >= margin else -math.inf
         high = sample[int(rank + margin)] if rank + margin < len(sample) else math.inf
-        spare, between = stay, []  # how many more stay than are known to
-        for name, part, keep in blocks:
-            scores = numbers_of(part)
+        above, few = 0, []
+        for name, scores, keep in blocks():
             if magnitude and not math.isfinite(scores.max(initial=0)):
                 raise ValueError(f"{name} must be finite, but has NaN or infinite weights")
             np.greater_equal(scores, high, out=keep)
             index = np.flatnonzero((scores > low) > keep)
-            between.append((index, scores[index]))
-            spare -= int(np.count_nonzero(keep))
-        ordered = np.sort(np.concatenate([scores for _, scores in between]))
-        last = high if spare < 0 else low if spare >= len(ordered) else ordered[-1 - spare]  # the last to prune
-        spare = stay
-        for (_, part, keep), (index, scores) in zip(blocks, between, strict=True):
-            if last < high:
-                keep[index] = scores > last
-            else:
-                np.greater(numbers_of(part), last, out=keep)
-            spare -= int(np.count_nonzero(keep))
-        for _, part, keep in reversed(blocks if spare > 0 else []):  # of those that equal the last, the later ones stay
-            equal = np.flatnonzero(numbers_of(part) == last)[::-1][:spare]
-            keep[equal] = True
-            spare -= len(equal)
-        if spare == 0:
-            return [mask.to(scores.device) for mask, scores in zip(masks, ranked.values(), strict=True)]
+            few.append((keep, index, scores[index]))
+            above += int(np.count_nonzero(keep)) + len(index)
+        between = np.sort(np.concatenate([scores for _, _, scores in few]))
+        last = low if above <= stay else high if above - stay > len(between) else between[above - stay - 1]
+        for keep, index, scores in few:
+            keep[index] = scores > last
+        for _, scores, keep in blocks() if last >= high else ():
+            np.greater(scores, last, out=keep)
+        kept = sum(int(np.count_nonzero(keep)) for keep, _, _ in few)
+        ties = sum(int(np.count_nonzero(scores == last)) for _, scores, _ in blocks()) if kept < stay else 0
+        if kept <= stay <= kept + ties:
+            break
         margin *= 4  # the sample misled
+    for _, scores, keep in blocks() if ties else ():
+        equal = np.flatnonzero(scores == last)
+        keep[equal[max(kept + ties - stay, 0) :]] = True  # the earlier ones are pruned
+        ties -= len(equal)
+    return [masks[name].to(scores.device) for name, scores in ranked.items()]
