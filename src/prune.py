@@ -3,13 +3,12 @@
 A mask is a boolean tensor of a weight's shape, True = keep; masks come in a dict by parameter name, fit for torch.save.
 Pruned models stay plain modules. torch's ``custom_from_mask`` takes these masks, and torch's own are
 ``{name.removesuffix("_mask"): mask.bool() for name, mask in model.named_buffers() if name.endswith("_mask")}``.
-The file needs just torch and numpy: copy it beside any notebook.
+This file needs just torch and numpy: copy it beside any notebook.
 """
 
 import copy
 import difflib
 import math
-import numbers
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,8 +24,8 @@ BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: 
 BLOCK = 2**17  # scores to compare at a time: they fit into the cache
 
 
-def _unit_norm(weight: Tensor) -> Tensor:
-    """L2 norm of each unit: (units, …) → (units,), in fp64."""
+def _unit_norm(weight: Tensor, relative: bool = False) -> Tensor:
+    """L2 norm of each unit: (units, …) → (units,), in fp64; or relative to the layer's largest, for global scope."""
     rows = weight.unsqueeze(-1).flatten(1)
     blocks = rows.split(max(BLOCK // max(rows.shape[1], 1), 1))  # torch converts half precision
     how: Any = {"dim": 1, "dtype": torch.promote_types(rows.dtype, torch.float32)}
@@ -35,13 +34,7 @@ def _unit_norm(weight: Tensor) -> Tensor:
     if rows.numel() and unsafe.any():
         unsafe &= (rows.amax(1) > 0) | (rows.amin(1) < 0)  # zeros are safe
         norm[unsafe] = norm.new_tensor([math.hypot(*unit) for unit in rows[unsafe].tolist()])
-    return norm
-
-
-def _relative_norm(weight: Tensor) -> Tensor:
-    """L2 norm of each unit, relative to the layer's largest: by norms alone, or over their mean, layers soon empty."""
-    norm = _unit_norm(weight)
-    return norm / norm.max().clamp_min(torch.finfo(norm.dtype).tiny) if len(norm) else norm
+    return norm / norm.max().clamp_min(torch.finfo(norm.dtype).tiny) if relative and len(norm) else norm
 
 
 def _random_weight(weight: Tensor, generator: torch.Generator) -> Tensor:
@@ -56,7 +49,9 @@ def _random_weight(weight: Tensor, generator: torch.Generator) -> Tensor:
 # "random" also gets a torch.Generator. Magnitudes (torch.abs) are taken block by block; others are held in memory.
 METHODS: dict[str, Callable[..., Tensor]] = {
     "weight": torch.abs,
-    "unit": _relative_norm,
+    "unit": lambda weight: _unit_norm(
+        weight, relative=True
+    ),  # by raw norms, or over their mean, layers are soon emptied
     "random_weight": _random_weight,
     "random_unit": lambda weight, generator: _random_weight(weight.flatten(1).any(1), generator),
 }
@@ -96,7 +91,7 @@ def unit_mask(weight: Tensor, sparsity: float, dim: int = 0) -> Tensor:
     [[True, True], [False, False]]
     """
     weight = _checked("weight", weight, finite=True)
-    if isinstance(dim, bool) or not isinstance(dim, numbers.Integral) or not -weight.dim() <= dim < weight.dim():
+    if isinstance(dim, bool) or not isinstance(dim, int | np.integer) or not -weight.dim() <= dim < weight.dim():
         raise ValueError(f"dim must be an integer, one of weight's {weight.dim()} dimensions, got {dim!r}")
     units = weight.transpose(0, int(dim))
     (keep,) = _select({"weight": _unit_norm(units)}, _fraction(sparsity))
@@ -120,18 +115,15 @@ def find_masks(
     A weight that layers share counts once; one that another module uses, too, such as an embedding, is left alone.
 
     Args:
-        model: any module, also wrapped by torch.compile or DataParallel.
-        method: a name in `METHODS`.
+        model, method: any module, also wrapped by torch.compile or DataParallel; a name in `METHODS`.
         sparsity: fraction in [0, 1]: exactly ``round(sparsity * n)`` weights or units go; more prune a superset.
         scope: "layer" ranks within each layer, "global" across all: best for the weights of convolutional networks.
         skip: names or patterns of layers to spare as well: ``("conv1", "body.*")``.
         prune_output: prune the output layer, too: the prunable layer that was registered last, unless a warning comes.
         only: names or patterns of parameters to prune instead: ``("lstm.weight_*",)``. Units need a class in `LAYERS`.
         generator: source of the random methods' numbers. None: they follow ``torch.manual_seed``, the same each time.
-    Returns: masks by parameter name, such as "fc1.weight", True = keep. Unit methods mask biases, too, unless other
-        layers share them. A BatchNorm behind a pruned unit still emits its shift.
-    Raises: TypeError, ValueError: a bad argument, nothing to prune, a method that fails, a weight that can't be ranked
-        (lazy, meta, sparse, quantized, expanded, not finite, computed from others).
+    Returns: masks by parameter name, such as "fc1.weight", True = keep. Unit methods also mask biases, if not shared.
+    Raises: TypeError, ValueError: a bad argument, nothing to prune, a method that fails, a weight that can't be ranked.
     Warns: UserWarning: a layer loses everything; another layer may be the output; much that `LAYERS` lacks stays dense.
 
     >>> masks = find_masks(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), "unit", sparsity=1 / 3)
@@ -182,12 +174,10 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
             near = _listed(difflib.get_close_matches(str(name), parameters, cutoff=0))
             raise ValueError(f"the model has no parameter {name!r}: did you mean {near}?")
         parameter = _checked(name, parameters[name], in_place=True)
-        fits = isinstance(mask, Tensor) and mask.dtype is torch.bool and mask.shape == parameter.shape
-        if not fits or mask.is_meta or mask.layout is not torch.strided:
-            got = f"{tuple(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(
-                f"the mask of {name} must be dense, boolean {tuple(parameter.shape)}, True = keep, got {got}"
-            )
+        wanted = f"{tuple(parameter.shape)} of torch.bool"
+        got = f"{tuple(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+        if got != wanted or mask.is_meta or mask.layout is not torch.strided:
+            raise ValueError(f"the mask of {name} must be a dense {wanted}, True = keep, got {got}")
         pairs.append((parameter.view(BITS[parameter.dtype]), mask.to(parameter.device)))
     for bits, mask in pairs:
         bits.mul_(mask)  # +0.0 even for NaN, in a tenth of the time of masked_fill_
@@ -244,19 +234,18 @@ def sweep(
 
     Args:
         model, method, scope, generator, and skip, prune_output, only as options: as in `find_masks`.
-        sparsities: fractions in [0, 1], in any order; with the same random numbers, larger ones prune supersets.
+        sparsities: fractions in [0, 1], in any order; all use the same random numbers.
         score: gets a pruned copy in eval mode; what it returns, such as an accuracy, is passed through.
-        retrain: gets the copy, in training mode but for frozen modules, and the masks; the copy is then scored again.
+        retrain: gets the copy, in training mode but for frozen modules, and the masks; the copy is scored again.
     Returns: a point for each sparsity, in their order. Raises: as `find_masks`, before anything is scored.
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> [point.achieved for point in sweep(model, "weight", [0.25, 0.75], score=lambda pruned: 0.0)]
     [0.25, 0.75]
     """
-    if isinstance(sparsities, str) or not isinstance(sparsities, Iterable):
-        raise TypeError(f"sparsities must be several numbers in [0, 1], got {sparsities!r}")
-    if not callable(score) or not callable(retrain or score):
-        raise TypeError(f"score and retrain must be functions, got {score!r} and {retrain!r}")
+    if not (isinstance(sparsities, Iterable) and callable(score) and callable(retrain or score)):
+        got = f"{sparsities!r}, {score!r} and {retrain!r}"
+        raise TypeError(f"sparsities must be several numbers in [0, 1], score and retrain must be functions, got {got}")
     points, seed = [], None
     if isinstance(generator, torch.Generator):
         seed = int(torch.randint(2**62, (), generator=generator.clone_state(), device=generator.device))
@@ -301,9 +290,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
             own.load_state_dict(norm.state_dict())
 
 
-# How layers are found
-
-
+# How layers are found: the weights of a model, which of them are pruned, and what may be wrong with the choice
 @dataclass(eq=False)
 class _Weight:
     """A parameter of the model, or a tensor in its stead that is computed from others."""
@@ -317,9 +304,8 @@ class _Weight:
 
     def turned(self, tensor: Tensor) -> Tensor:
         """From the weight's own layout to (out, in / groups, …), or back."""
-        if not self.dim:
-            return tensor
-        return tensor.unflatten(0, (getattr(self.modules[0], "groups", 1), -1)).transpose(1, self.dim + 1).flatten(0, 1)
+        groups = getattr(self.modules[0], "groups", 1)
+        return tensor.unflatten(0, (groups, -1)).transpose(1, self.dim + 1).flatten(0, 1) if self.dim else tensor
 
     def masks(self, keep: Tensor) -> dict[str, Tensor]:
         """Masks by parameter name, from one of the weight's shape or (units,)."""
@@ -394,13 +380,12 @@ def _doubts(output: Sequence[str], free: Sequence[_Weight], matrices: Sequence[_
         text = f"{share:.0%} of the weights stay dense, as LAYERS lacks the classes of their modules"
         yield f"{text}: {_listed([*dense])}; prune them by name with only=(…), or spare the modules with skip=(…)"
     shapes = {w: w.turned(torch.empty(w.parameter.shape, device="meta")).shape for w in matrices}
-    convolves = {w: hasattr(w.modules[0], "kernel_size") for w in matrices}
-    inputs = {w: shapes[w][w.dim is not None : 2 if convolves[w] else None] for w in matrices}
+    inputs = {w: shapes[w][w.dim is not None : 2 if hasattr(w.modules[0], "kernel_size") else None] for w in matrices}
 
     def taken(weight: _Weight, takers: Iterable[_Weight]) -> bool:
         """Whether they take as many inputs as it has outputs or, of a convolution, a multiple: flattened images."""
         n, sizes = max(shapes[weight][0], 1), {size for taker in takers for size in inputs[taker]}
-        return n in sizes or (convolves[weight] and any(size % n == 0 for size in sizes))
+        return n in sizes or (hasattr(weight.modules[0], "kernel_size") and any(size % n == 0 for size in sizes))
 
     layers = [weight for weight in matrices if weight.dim is not None]
     ends = [weight for weight in layers if weight in free and not taken(weight, matrices)]
@@ -431,8 +416,6 @@ def _listed(names: Sequence[str]) -> str:
 
 
 # How scores are found and selected
-
-
 def _fraction(sparsity: Any) -> float:
     """The sparsity as a float, if it is a fraction."""
     if isinstance(sparsity, bool) or not hasattr(sparsity, "__float__") or getattr(sparsity, "ndim", False):
@@ -447,15 +430,15 @@ def _fraction(sparsity: Any) -> float:
 def _checked(name: str, tensor: Any, in_place: bool = False, finite: bool = False) -> Tensor:
     """The tensor, detached, if it can be ranked and, if so wanted, be changed in place or is known to be finite."""
     if in_place and not isinstance(tensor, nn.Parameter):
-        cure = "torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations"
-        raise ValueError(f"{name} is computed from other parameters: make it permanent with {cure}")
+        raise ValueError(f"{name} is computed from other parameters: use prune.remove or remove_parametrizations")
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     empty = nn.parameter.is_lazy(tensor) or tensor.is_meta or hasattr(tensor, "__tensor_flatten__")
     if empty or tensor.layout is not torch.strided or tensor.dtype not in BITS:
         got = f"{type(tensor).__name__}, {tensor.dtype}, {tensor.layout}, {tensor.device}"
-        wanted = "a plain, dense tensor of fp16, bf16, fp32 or fp64 with values, which a first batch gives lazy layers"
-        raise ValueError(f"{name} must be {wanted}, got {got}")
+        raise ValueError(
+            f"{name} must be a plain, dense fp16 to fp64 tensor with values (lazy: run a batch), got {got}"
+        )
     if in_place and sum((size - 1) * tensor.stride(dim) for dim, size in enumerate(tensor.shape)) + 1 < tensor.numel():
         raise ValueError(f"{name} shares memory with itself, as an expanded tensor does: replace it by its clone()")
     if finite and not tensor.sum().isfinite() and not tensor.isfinite().all():

@@ -931,11 +931,11 @@ def test_masks_apply_to_any_precision_and_layout(dtype: torch.dtype) -> None:
         (
             {"0.weight": torch.ones(6, 5, dtype=torch.bool)},
             ValueError,
-            r"dense, boolean \(5, 6\), .*, got \(6, 5\) of torch.bool",
+            r"dense \(5, 6\) of torch.bool, .*, got \(6, 5\) of torch.bool",
         ),
-        ({"0.weight": torch.ones(5, 6)}, ValueError, r"boolean .* True = keep, got \(5, 6\) of torch.float32"),
-        ({"0.weight": [[True] * 6] * 5}, ValueError, r"boolean .* True = keep, got list"),
-        ({"0.weight": torch.ones(5, 6, dtype=torch.bool, device="meta")}, ValueError, "must be dense"),
+        ({"0.weight": torch.ones(5, 6)}, ValueError, r"True = keep, got \(5, 6\) of torch.float32"),
+        ({"0.weight": [[True] * 6] * 5}, ValueError, r"True = keep, got list"),
+        ({"0.weight": torch.ones(5, 6, dtype=torch.bool, device="meta")}, ValueError, "must be a dense"),
         ({3: torch.ones(5, 6, dtype=torch.bool)}, ValueError, "no parameter 3"),
     ],
 )
@@ -968,7 +968,7 @@ def test_a_weight_that_shares_memory_with_itself_is_found_first(weight: Tensor) 
 def test_masks_of_a_lazy_layer() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2))
     mask = torch.zeros(2, 2, dtype=torch.bool)
-    with pytest.raises(ValueError, match=r"1\.weight must be .* lazy layers"):
+    with pytest.raises(ValueError, match=r"1\.weight must be .*lazy"):
         prune.apply_masks(model, {"0.weight": mask, "1.weight": mask})
     assert model[0].weight.all()
 
@@ -1069,9 +1069,9 @@ def broken(weight: Tensor) -> nn.Module:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)), r"0\.weight must be .* lazy layers"),
-        (nn.Sequential(nn.LazyConv2d(3, 3), nn.Linear(3, 2)), r"0\.weight must be .* lazy layers"),
-        (nn.Sequential(nn.Linear(3, 3, device="meta"), nn.Linear(3, 2)), r"0\.weight must be .* with values, .*, meta"),
+        (nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)), r"0\.weight must be .*lazy"),
+        (nn.Sequential(nn.LazyConv2d(3, 3), nn.Linear(3, 2)), r"0\.weight must be .*lazy"),
+        (nn.Sequential(nn.Linear(3, 3, device="meta"), nn.Linear(3, 2)), r"0\.weight must be .* with values .*, meta"),
         (
             nn.Sequential(nn.Linear(3, 3, dtype=torch.complex64), nn.Linear(3, 2)),
             r"0\.weight must .* got .* torch.complex64",
@@ -1300,10 +1300,10 @@ def test_recalibration_restores_what_pruning_cost() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"sparsities": 0.5}, TypeError, "several numbers in .0, 1., got 0.5"),
-        ({"sparsities": "0.5"}, TypeError, "several numbers"),
+        ({"sparsities": 0.5}, TypeError, "several numbers in .0, 1.*, got 0.5"),
+        ({"sparsities": "0.5"}, TypeError, "sparsity must be a number in .0, 1., got '0'"),
         ({"sparsities": [0.5, 80]}, ValueError, r"did you mean 0\.8"),
-        ({"score": 1.0}, TypeError, "score and retrain must be functions, got 1.0"),
+        ({"score": 1.0}, TypeError, "score and retrain must be functions, got .*, 1.0 and None"),
         ({"retrain": 1.0}, TypeError, "must be functions"),
         ({"method": "l2"}, ValueError, "unknown method"),
         ({"skip": ("fc9",)}, ValueError, "fc9"),
