@@ -45,8 +45,7 @@ def _random_weight(weight: Tensor, generator: torch.Generator) -> Tensor:
 
 # The one place to add a criterion, such as METHODS["taylor"] = lambda weight: (weight * weight.grad).abs()
 # It gets a detached weight with its .grad, outputs in dim 0 whatever the layer, and returns scores, the lowest of which
-# are pruned first: of weight's shape for a weight method, (units,) for a unit method. A method whose name begins with
-# "random" also gets a torch.Generator. Magnitudes (torch.abs) are taken block by block; others are held in memory.
+# are pruned first: of weight's shape or (units,). If its name begins with "random", it also gets a torch.Generator.
 METHODS: dict[str, Callable[..., Tensor]] = {
     "weight": torch.abs,
     "unit": lambda weight: _unit_norm(
@@ -56,9 +55,8 @@ METHODS: dict[str, Callable[..., Tensor]] = {
     "random_unit": lambda weight, generator: _random_weight(weight.flatten(1).any(1), generator),
 }
 
-# The one place to add a class of layers, with the dimension of its `weight` that counts outputs, such as
-# LAYERS[transformers.pytorch_utils.Conv1D] = 1
-# Subclasses follow their parents. Where it isn't 0, a layer's `groups` divide dim 0: (in, out / groups, …).
+# The one place to add a class of layers, with the dimension of its `weight` that counts outputs: for it and subclasses,
+# LAYERS[transformers.pytorch_utils.Conv1D] = 1. If it isn't 0, `groups` divide dim 0: (in, out / groups, …).
 LAYERS: dict[type[nn.Module], int] = {
     **dict.fromkeys((nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d), 0),
     **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), 1),
@@ -190,9 +188,8 @@ def prune_model(model: nn.Module, method: str, sparsity: float, **options: Any) 
     >>> achieved_sparsity(model)
     0.75
     """
-    masks = find_masks(model, method, sparsity, **options)
     pruned = copy.deepcopy(model)
-    apply_masks(pruned, masks)
+    apply_masks(pruned, find_masks(model, method, sparsity, **options))
     return pruned
 
 
@@ -366,8 +363,8 @@ def _chosen(model: nn.Module, skip: Any, prune_output: bool, only: Any) -> tuple
         named = _matched("only", only, {name for weight in free for name in weight.names}, hint)
         chosen = [weight for weight in free if named & {*weight.names}]
     if not chosen:
-        others = f"; only=(…) could name {_listed([weight.names[0] for weight in free])}" if free else ""
-        raise ValueError(f"{'every layer in LAYERS is spared' if layers else 'no layer is in LAYERS'}{hint}{others}")
+        others = _listed([weight.names[0] for weight in free]) or "nothing"
+        raise ValueError(f"no layer is in LAYERS, or every one is spared{hint}; only=(…) could name {others}")
     return chosen, doubts
 
 
@@ -393,8 +390,7 @@ def _doubts(output: Sequence[str], free: Sequence[_Weight], matrices: Sequence[_
         rivals = [end.users[0] for end in ends if shapes[end][0] == shapes[last][0] or taken(last, [end])]
         if rivals:
             text = f"{output[0]!r}, registered last, is spared as the output layer, but no layer takes the outputs of"
-            cure = f"add them to skip, with prune_output=True if {output[0]!r} is no output layer"
-            yield f"{text} {_listed(rivals)}: if they're wanted, {cure}"
+            yield f"{text} {_listed(rivals)}: if they're wanted, add them to skip, in its stead with prune_output=True"
 
 
 def _matched(argument: str, entries: Any, names: Collection[str], hint: str = "") -> set[str]:
@@ -420,11 +416,10 @@ def _fraction(sparsity: Any) -> float:
     """The sparsity as a float, if it is a fraction."""
     if isinstance(sparsity, bool) or not hasattr(sparsity, "__float__") or getattr(sparsity, "ndim", False):
         raise TypeError(f"sparsity must be a number in [0, 1], got {sparsity!r}")
-    number = float(sparsity)
-    if not 0 <= number <= 1:
-        hint = f": did you mean {number / 100:g}?" if 2 <= number <= 100 else ""
-        raise ValueError(f"sparsity must be a fraction in [0, 1], got {number:.10g}{hint}")
-    return number
+    if not 0 <= float(sparsity) <= 1:
+        hint = f": did you mean {float(sparsity) / 100:g}?" if 2 <= float(sparsity) <= 100 else ""
+        raise ValueError(f"sparsity must be a fraction in [0, 1], got {float(sparsity):.10g}{hint}")
+    return float(sparsity)
 
 
 def _checked(name: str, tensor: Any, in_place: bool = False, finite: bool = False) -> Tensor:

@@ -545,7 +545,7 @@ def test_a_head_that_was_registered_first_is_noticed(build: Callable[[], nn.Modu
     assert doubt.startswith(
         "'conv2', registered last, is spared as the output layer, but no layer takes the outputs of"
     )
-    assert "head: if they're wanted, add them to skip, with prune_output=True if 'conv2' is no output layer" in doubt
+    assert "head: if they're wanted, add them to skip, in its stead with prune_output=True" in doubt
     assert list(prune.find_masks(model, "weight", 0.5, skip=("head",), prune_output=True)) == [
         "conv1.weight",
         "conv2.weight",
@@ -1012,15 +1012,11 @@ def test_masks_hold_through_training(optimizer: Callable[..., torch.optim.Optimi
     [
         ({"model": "mlp"}, TypeError, "model must be a torch.nn.Module, got str"),
         ({"model": NeuralNetwork}, TypeError, "model must be a torch.nn.Module, got type"),
-        ({"model": nn.ReLU()}, ValueError, "no layer is in LAYERS$"),
-        ({"model": nn.Embedding(3, 3)}, ValueError, r"no layer is in LAYERS; only=\(…\) could name weight$"),
-        (
-            {"model": nn.Sequential(nn.Linear(3, 3))},
-            ValueError,
-            "every layer in LAYERS is spared; '0', .*prune_output=True",
-        ),
-        ({"skip": ("0", "2")}, ValueError, "every layer in LAYERS is spared; '4', registered last"),
-        ({"skip": ("*",), "prune_output": True}, ValueError, "every layer in LAYERS is spared$"),
+        ({"model": nn.ReLU()}, ValueError, "no layer is in LAYERS, .*; only=.* could name nothing$"),
+        ({"model": nn.Embedding(3, 3)}, ValueError, r"no layer is in LAYERS, .*; only=\(…\) could name weight$"),
+        ({"model": nn.Sequential(nn.Linear(3, 3))}, ValueError, "every one is spared; '0', .*prune_output=True"),
+        ({"skip": ("0", "2")}, ValueError, "every one is spared; '4', registered last"),
+        ({"skip": ("*",), "prune_output": True}, ValueError, "every one is spared; only=.* could name nothing$"),
         ({"method": "l1"}, ValueError, "unknown method 'l1': expected one of weight, unit, random_weight, random_unit"),
         ({"sparsity": 50}, ValueError, r"did you mean 0\.5\?"),
         ({"scope": "model"}, ValueError, "unknown scope 'model': expected one of layer, global"),
@@ -1037,7 +1033,7 @@ def test_masks_hold_through_training(optimizer: Callable[..., torch.optim.Optimi
             ValueError,
             r"only: '0\.bias' names nothing that could be pruned; '4', .*: did you mean 0\.weight",
         ),
-        ({"only": ()}, ValueError, "every layer in LAYERS is spared"),
+        ({"only": ()}, ValueError, "every one is spared"),
         (
             {"only": ("0.weight", "4.weight")},
             ValueError,
