@@ -88,11 +88,13 @@ def unit_mask(weight: Tensor, sparsity: float, dim: int = 0) -> Tensor:
     >>> unit_mask(torch.tensor([[3.0, 4.0], [0.3, 0.4]]), sparsity=0.5).tolist()
     [[True, True], [False, False]]
     """
-    weight = _checked("weight", weight, finite=True)
+    weight = _checked("weight", weight)
     if isinstance(dim, bool) or not isinstance(dim, int | np.integer) or not -weight.dim() <= dim < weight.dim():
         raise ValueError(f"dim must be an integer, one of weight's {weight.dim()} dimensions, got {dim!r}")
     units = weight.transpose(0, int(dim))
-    (keep,) = _select({"weight": _unit_norm(units)}, _fraction(sparsity))
+    norm = _unit_norm(units)
+    _checked("weight", weight, finite=not norm.isfinite().all())
+    (keep,) = _select({"weight": norm}, _fraction(sparsity))
     mask = keep.view(-1, *[1] * (weight.dim() - 1)).expand_as(units)
     return mask.transpose(0, int(dim)).contiguous()
 
@@ -474,44 +476,47 @@ def _select(ranked: Mapping[str, Tensor], sparsity: float, magnitude: bool = Fal
     """
     masks = {name: torch.empty(scores.shape, dtype=torch.bool, device="cpu") for name, scores in ranked.items()}
     dtype = torch.float64 if any(scores.dtype == torch.float64 for scores in ranked.values()) else torch.float32
-
-    def blocks(step: int = 1) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        for name, scores in ranked.items():
-            parts, keeps = scores.reshape(-1)[::step].split(BLOCK), masks[name].view(-1)[::step].split(BLOCK)
-            for part, keep in zip(parts, keeps, strict=True):
-                numbers = part.to("cpu", dtype).numpy()
-                yield name, np.abs(numbers) if magnitude else numbers, keep.numpy()
-
     total = sum(scores.numel() for scores in ranked.values())
     stay = total - round(sparsity * total)
     step = 6 * int(total ** (1 / 3) / 16) + 1  # 1 for few scores; out of step with rows of 2, 3, 4, 6, … scores
-    sample = np.sort(np.concatenate([scores for _, scores, _ in blocks(step)]))
-    rank = len(sample) * (1 - stay / max(total, 1))
+    blocks, samples, start = [], [], 0
+    for name, flat in ((name, scores.reshape(-1)) for name, scores in ranked.items()):
+        samples.append(flat[-start % step :: step].to("cpu", dtype).numpy())
+        for part, keep in zip(flat.split(BLOCK), masks[name].view(-1).split(BLOCK), strict=True):
+            blocks.append((name, start, part, keep.numpy()))
+            start += len(part)
+    sample = np.abs(np.concatenate(samples)) if magnitude else np.concatenate(samples)
+    ordered, rank = np.sort(sample), len(sample) * (1 - stay / max(total, 1))
     margin = 2.5 * math.sqrt(rank * stay / max(total, 1)) + 1  # 2.5 standard deviations
     while True:
-        low = sample[int(rank - margin)] if rank >= margin else -math.inf
-        high = sample[int(rank + margin)] if rank + margin < len(sample) else math.inf
-        above, few = 0, []
-        for name, scores, keep in blocks():
-            if magnitude and not math.isfinite(scores.max(initial=0)):
+        low, high = (_bound(sample, ordered, math.ceil(rank + side) - 1, step) for side in (-margin, margin))
+        kept, indices, values = 0, [], []
+        for name, start, part, keep in blocks:
+            scores = part.to("cpu", dtype).numpy()
+            if magnitude and not math.isfinite((scores := np.abs(scores)).max(initial=0)):
                 raise ValueError(f"{name} must be finite, but has NaN or infinite weights")
-            np.greater_equal(scores, high, out=keep)
-            index = np.flatnonzero((scores > low) > keep)
-            few.append((keep, index, scores[index]))
-            above += int(np.count_nonzero(keep)) + len(index)
-        between = np.sort(np.concatenate([scores for _, _, scores in few]))
-        last = low if above <= stay else high if above - stay > len(between) else between[above - stay - 1]
-        for keep, index, scores in few:
-            keep[index] = scores > last
-        for _, scores, keep in blocks() if last >= high else ():
-            np.greater(scores, last, out=keep)
-        kept = sum(int(np.count_nonzero(keep)) for keep, _, _ in few)
-        ties = sum(int(np.count_nonzero(scores == last)) for _, scores, _ in blocks()) if kept < stay else 0
-        if kept <= stay <= kept + ties:
+            kept += int(np.count_nonzero(_after(scores, start, high, out=keep)))
+            indices.append(np.flatnonzero(_after(scores, start, low) ^ keep))
+            values.append(scores[indices[-1]])
+        between = np.concatenate(values)
+        if kept <= stay <= kept + len(between):
             break
         margin *= 4  # the sample misled
-    for _, scores, keep in blocks() if ties else ():
-        equal = np.flatnonzero(scores == last)
-        keep[equal[max(kept + ties - stay, 0) :]] = True  # the earlier ones are pruned
-        ties -= len(equal)
+    after = _after(between, 0, _bound(between, np.sort(between), kept + len(between) - stay - 1))
+    for (_, _, _, keep), index in zip(blocks, indices, strict=True):
+        keep[index], after = after[: len(index)], after[len(index) :]
     return [masks[name].to(scores.device) for name, scores in ranked.items()]
+
+
+def _bound(scores: np.ndarray, ordered: np.ndarray, rank: int, step: int = 1) -> tuple[float, int]:
+    """The score of a rank and its position, if positions are a step apart; out of range, one before or after all."""
+    if not 0 <= rank < len(scores) or np.isnan(ordered[rank]):
+        return (-math.inf, -1) if rank < 0 else (math.inf, step * len(scores))
+    equal = np.flatnonzero(scores == ordered[rank])
+    return ordered[rank], step * int(equal[rank - np.searchsorted(ordered, ordered[rank])])
+
+
+def _after(scores: np.ndarray, start: int, bound: tuple[float, int], out: np.ndarray | None = None) -> np.ndarray:
+    """Whether each score, the first at position `start`, ranks after a bound: is greater, or equal and further on."""
+    value, cut = bound[0], max(bound[1] + 1 - start, 0)
+    return np.concatenate([scores[:cut] > value, scores[cut:] >= value], out=out)
