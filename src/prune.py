@@ -353,8 +353,7 @@ def _matrices(model: nn.Module) -> list[_Weight]:
 def _chosen(model: nn.Module, skip: Any, prune_output: bool, only: Any) -> tuple[list[_Weight], list[str]]:
     """The weights to prune, and what the user may not expect of this choice."""
     matrices = _matrices(model)
-    layers = [name for name, module in _modules(model) if isinstance(module, tuple(LAYERS))]
-    output = [] if prune_output else layers[-1:]
+    output = [] if prune_output else [name for name, layer in _modules(model) if isinstance(layer, tuple(LAYERS))][-1:]
     skipped = _matched("skip", skip, {name for weight in matrices for name in weight.users})
     spared = tuple(f"{name}." for name in {*output, *skipped})
     free = [weight for weight in matrices if not any(f"{name}.".startswith(spared) for name in weight.users)]
@@ -386,9 +385,8 @@ def _doubts(output: Sequence[str], free: Sequence[_Weight], matrices: Sequence[_
         n, sizes = max(shapes[weight][0], 1), {size for taker in takers for size in inputs[taker]}
         return n in sizes or (hasattr(weight.modules[0], "kernel_size") and any(size % n == 0 for size in sizes))
 
-    layers = [weight for weight in matrices if weight.dim is not None]
-    ends = [weight for weight in layers if weight in free and not taken(weight, matrices)]
-    for last in [weight for weight in layers if {*output} & {*weight.users}]:  # one, if any
+    ends = [w for w in matrices if w.dim is not None and w in free and not taken(w, matrices)]
+    for last in [w for w in matrices if w.dim is not None and {*output} & {*w.users}]:  # one, if any
         rivals = [end.users[0] for end in ends if shapes[end][0] == shapes[last][0] or taken(last, [end])]
         if rivals:
             text = f"{output[0]!r}, registered last, is spared as the output layer, but no layer takes the outputs of"
@@ -433,9 +431,7 @@ def _checked(name: str, tensor: Any, in_place: bool = False, finite: bool = Fals
     empty = nn.parameter.is_lazy(tensor) or tensor.is_meta or hasattr(tensor, "__tensor_flatten__")
     if empty or tensor.layout is not torch.strided or tensor.dtype not in BITS:
         got = f"{type(tensor).__name__}, {tensor.dtype}, {tensor.layout}, {tensor.device}"
-        raise ValueError(
-            f"{name} must be a plain, dense fp16 to fp64 tensor with values (lazy: run a batch), got {got}"
-        )
+        raise ValueError(f"{name} must be a dense fp16 to fp64 tensor with values (lazy: run a batch), got {got}")
     if in_place and sum((size - 1) * tensor.stride(dim) for dim, size in enumerate(tensor.shape)) + 1 < tensor.numel():
         raise ValueError(f"{name} shares memory with itself, as an expanded tensor does: replace it by its clone()")
     if finite and not tensor.sum().isfinite() and not tensor.isfinite().all():

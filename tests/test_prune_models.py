@@ -1073,7 +1073,7 @@ def broken(weight: Tensor) -> nn.Module:
             r"0\.weight must .* got .* torch.complex64",
         ),
         (broken(torch.ones(2, 3, dtype=torch.int8)), r"0\.weight must .* got .* torch.int8"),
-        (broken(torch.ones(2, 3).to_sparse()), r"0\.weight must be a plain, dense"),
+        (broken(torch.ones(2, 3).to_sparse()), r"0\.weight must be a dense"),
         (broken(torch.ones(2, 3).to(torch.float8_e4m3fn)), r"0\.weight must .* got .* torch.float8_e4m3fn"),
         (broken(torch.ones(1, 3).expand(2, 3)), r"0\.weight shares memory with itself"),
         (broken(torch.tensor([[1.0, float("nan"), 0.0]] * 2)), r"0\.weight must be finite"),
