@@ -315,10 +315,10 @@ def test_bad_sparsity(function: object, sparsity: object, error: type[Exception]
         (torch.ones(2, 2, dtype=torch.bool), ValueError, "got .* torch.bool"),
         (torch.ones(2, 2, dtype=torch.complex64), ValueError, "got .* torch.complex64"),
         (torch.ones(2, 2).to(torch.float8_e5m2), ValueError, "got .* torch.float8_e5m2"),
-        (torch.ones(2, 2).to_sparse(), ValueError, r"must be a plain, dense .*, torch.sparse_coo"),
-        (TwoTensor(torch.ones(2, 2), torch.ones(2, 2)), ValueError, "must be a plain, .* got TwoTensor"),
-        (torch.ones(2, 2, device="meta"), ValueError, "with values, .* meta$"),
-        (nn.LazyLinear(3).weight, ValueError, "a lazy one without a shape"),
+        (torch.ones(2, 2).to_sparse(), ValueError, r"must be a dense .*, torch.sparse_coo"),
+        (TwoTensor(torch.ones(2, 2), torch.ones(2, 2)), ValueError, "must be a dense .* got TwoTensor"),
+        (torch.ones(2, 2, device="meta"), ValueError, "with values .* meta$"),
+        (nn.LazyLinear(3).weight, ValueError, "with values .lazy"),
         (torch.tensor([[1.0, float("nan")]]), ValueError, "must be finite"),
         (torch.tensor([[-float("inf"), float("inf")]], dtype=torch.float16), ValueError, "must be finite"),
     ],
@@ -330,17 +330,17 @@ def test_bad_weight(function: object, weight: object, error: type[Exception], me
 
 
 @pytest.mark.parametrize(
-    ("weight", "dim", "error", "message"),
+    ("weight", "dim", "message"),
     [
-        (torch.ones(2, 2), 2, ValueError, "2 dimensions, got 2"),
-        (torch.ones(2, 2), -3, ValueError, "2 dimensions, got -3"),
-        (torch.tensor(1.0), 0, ValueError, "0 dimensions, got 0"),
-        (torch.ones(2, 2), 0.0, TypeError, "dim must be an integer, got 0.0"),
-        (torch.ones(2, 2), True, TypeError, "dim must be an integer, got True"),
+        (torch.ones(2, 2), 2, "2 dimensions, got 2"),
+        (torch.ones(2, 2), -3, "2 dimensions, got -3"),
+        (torch.tensor(1.0), 0, "0 dimensions, got 0"),
+        (torch.ones(2, 2), 0.0, "dim must be an integer, .* got 0.0"),
+        (torch.ones(2, 2), True, "dim must be an integer, .* got True"),
     ],
 )
-def test_bad_dim(weight: Tensor, dim: object, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
+def test_bad_dim(weight: Tensor, dim: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         prune.unit_mask(weight, 0.5, dim=dim)
 
 

@@ -245,7 +245,7 @@ def test_a_weight_tied_to_an_embedding_is_left_alone(method: str) -> None:
     with pytest.warns(UserWarning, match=r"50% of the weights stay dense.*: embedding\.weight; .*only"):
         assert pruned(prune_output=True) == {"first", "second"}
     assert pruned(prune_output=True, skip=("embedding",)) == {"first", "second"}
-    with pytest.raises(ValueError, match=r"embedding\.weight can't be pruned and spared at once; 'head'"):
+    with pytest.raises(ValueError, match=r"'embedding\.weight' names nothing that could be pruned; 'head'"):
         pruned(only=("embedding.weight",))
     if method.endswith("weight"):
         assert pruned(only=("head.weight",), prune_output=True) == {"embedding"}
@@ -534,7 +534,7 @@ def test_an_encoder_is_told_what_it_leaves_dense() -> None:
 def test_a_second_head_is_noticed(build: Callable[[], nn.Module], named: str) -> None:
     model = zeroed(build)
     (doubt,) = doubts(model)
-    assert f"as many outputs of {named} go nowhere, either: if they're wanted, add them to skip" in doubt
+    assert f"no layer takes the outputs of {named}: if they're wanted, add them to skip" in doubt
     assert doubts(model, skip=named.split(", ")) == [] == doubts(model, prune_output=True)
 
 
@@ -543,9 +543,9 @@ def test_a_head_that_was_registered_first_is_noticed(build: Callable[[], nn.Modu
     model = zeroed(build)
     (doubt,) = doubts(model)
     assert doubt.startswith(
-        "'conv2', registered last, is spared as the output layer, but other layers take its outputs"
+        "'conv2', registered last, is spared as the output layer, but no layer takes the outputs of"
     )
-    assert "those of head go nowhere: if they're wanted, add them to skip and pass prune_output=True" in doubt
+    assert "head: if they're wanted, add them to skip, in its stead with prune_output=True" in doubt
     assert list(prune.find_masks(model, "weight", 0.5, skip=("head",), prune_output=True)) == [
         "conv1.weight",
         "conv2.weight",
@@ -869,7 +869,7 @@ def test_masks_come_from_torch_and_go_to_it() -> None:
     with pytest.raises(ValueError, match=r"0\.bias is computed from other parameters"):
         prune.find_masks(model, "unit", 0.5)
     peer.custom_from_mask(model[0], "weight", masks["0.weight"])
-    with pytest.raises(ValueError, match=r"no parameter '0\.weight': did you mean .*'0\.weight_orig'"):
+    with pytest.raises(ValueError, match=r"no parameter '0\.weight': did you mean .*0\.weight_orig"):
         prune.apply_masks(model, masks)
     prune.apply_masks(dense, returned)
     batch = torch.randn(3, 6)
@@ -925,12 +925,16 @@ def test_masks_apply_to_any_precision_and_layout(dtype: torch.dtype) -> None:
         (
             {"9.weight": torch.ones(5, 6, dtype=torch.bool)},
             ValueError,
-            r"no parameter '9\.weight': did you mean '[02]\.weight'",
+            r"no parameter '9\.weight': did you mean [02]\.weight",
         ),
         ({"0": torch.ones(5, 6, dtype=torch.bool)}, ValueError, "no parameter '0'"),
-        ({"0.weight": torch.ones(6, 5, dtype=torch.bool)}, ValueError, r"dense \(5, 6\), got \(6, 5\)"),
-        ({"0.weight": torch.ones(5, 6)}, TypeError, r"boolean tensor \(True = keep\), got torch.float32"),
-        ({"0.weight": [[True] * 6] * 5}, TypeError, r"boolean tensor \(True = keep\), got list"),
+        (
+            {"0.weight": torch.ones(6, 5, dtype=torch.bool)},
+            ValueError,
+            r"dense \(5, 6\) of torch.bool, .*, got \(6, 5\) of torch.bool",
+        ),
+        ({"0.weight": torch.ones(5, 6)}, ValueError, r"True = keep, got \(5, 6\) of torch.float32"),
+        ({"0.weight": [[True] * 6] * 5}, ValueError, r"True = keep, got list"),
         ({"0.weight": torch.ones(5, 6, dtype=torch.bool, device="meta")}, ValueError, "must be a dense"),
         ({3: torch.ones(5, 6, dtype=torch.bool)}, ValueError, "no parameter 3"),
     ],
@@ -964,7 +968,7 @@ def test_a_weight_that_shares_memory_with_itself_is_found_first(weight: Tensor) 
 def test_masks_of_a_lazy_layer() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2))
     mask = torch.zeros(2, 2, dtype=torch.bool)
-    with pytest.raises(ValueError, match=r"1\.weight must be .* a lazy one"):
+    with pytest.raises(ValueError, match=r"1\.weight must be .*lazy"):
         prune.apply_masks(model, {"0.weight": mask, "1.weight": mask})
     assert model[0].weight.all()
 
@@ -1008,34 +1012,38 @@ def test_masks_hold_through_training(optimizer: Callable[..., torch.optim.Optimi
     [
         ({"model": "mlp"}, TypeError, "model must be a torch.nn.Module, got str"),
         ({"model": NeuralNetwork}, TypeError, "model must be a torch.nn.Module, got type"),
-        ({"model": nn.ReLU()}, ValueError, "no layer is in LAYERS$"),
-        ({"model": nn.Embedding(3, 3)}, ValueError, r"no layer is in LAYERS; only=\(…\) could name weight$"),
-        (
-            {"model": nn.Sequential(nn.Linear(3, 3))},
-            ValueError,
-            "every layer in LAYERS is spared; '0', .*prune_output=True",
-        ),
-        ({"skip": ("0", "2")}, ValueError, "every layer in LAYERS is spared; '4', registered last"),
-        ({"skip": ("*",), "prune_output": True}, ValueError, "every layer in LAYERS is spared$"),
+        ({"model": nn.ReLU()}, ValueError, "no layer is in LAYERS, .*; only=.* could name nothing$"),
+        ({"model": nn.Embedding(3, 3)}, ValueError, r"no layer is in LAYERS, .*; only=\(…\) could name weight$"),
+        ({"model": nn.Sequential(nn.Linear(3, 3))}, ValueError, "every one is spared; '0', .*prune_output=True"),
+        ({"skip": ("0", "2")}, ValueError, "every one is spared; '4', registered last"),
+        ({"skip": ("*",), "prune_output": True}, ValueError, "every one is spared; only=.* could name nothing$"),
         ({"method": "l1"}, ValueError, "unknown method 'l1': expected one of weight, unit, random_weight, random_unit"),
         ({"sparsity": 50}, ValueError, r"did you mean 0\.5\?"),
-        ({"scope": "model"}, ValueError, "unknown scope 'model': expected layer or global"),
-        ({"skip": ("fc9",)}, ValueError, r"skip: 'fc9' names nothing .*; there is 0, 2, 4$"),
+        ({"scope": "model"}, ValueError, "unknown scope 'model': expected one of layer, global"),
+        ({"skip": ("fc9",)}, ValueError, r"skip: 'fc9' names nothing .*: did you mean 4, 2, 0\?$"),
         ({"skip": ("1",)}, ValueError, r"skip: '1' names nothing"),
-        ({"skip": ("0.*",)}, ValueError, r"skip: '0\.\*' names nothing that could be pruned; there is 0, 2, 4$"),
+        ({"skip": ("0.*",)}, ValueError, r"skip: '0\.\*' names nothing .*: did you mean 0, 4, 2\?$"),
         ({"skip": "4"}, TypeError, r"such as \('4',\), got '4'"),
         ({"skip": 4}, TypeError, "skip must be a sequence of names"),
         ({"skip": None}, TypeError, "skip must be a sequence of names"),
         ({"only": "0.weight"}, TypeError, "only must be a sequence of names"),
-        ({"only": ("0.wieght",)}, ValueError, r"only: '0\.wieght' names nothing .*: did you mean '0\.weight'"),
+        ({"only": ("0.wieght",)}, ValueError, r"only: '0\.wieght' names nothing .*: did you mean 0\.weight"),
         (
             {"only": ("0.bias",)},
             ValueError,
-            r"only: '0\.bias' names nothing that could be pruned; there is 0\.weight, 2",
+            r"only: '0\.bias' names nothing that could be pruned; '4', .*: did you mean 0\.weight",
         ),
-        ({"only": ()}, ValueError, "every layer in LAYERS is spared"),
-        ({"only": ("0.weight", "4.weight")}, ValueError, r"only: 4\.weight can't be .* spared at once; '4', .*last"),
-        ({"only": ("0.weight",), "skip": ("0",)}, ValueError, r"only: 0\.weight can't be pruned and spared at once"),
+        ({"only": ()}, ValueError, "every one is spared"),
+        (
+            {"only": ("0.weight", "4.weight")},
+            ValueError,
+            r"only: '4\.weight' names nothing that could be pruned; '4', .*last",
+        ),
+        (
+            {"only": ("0.weight",), "skip": ("0",)},
+            ValueError,
+            r"only: '0\.weight' names nothing that could be pruned; '4'",
+        ),
         ({"generator": 0}, TypeError, "generator must be a torch.Generator, got 0"),
     ],
 )
@@ -1057,18 +1065,15 @@ def broken(weight: Tensor) -> nn.Module:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)), r"0\.weight must be .* a lazy one"),
-        (nn.Sequential(nn.LazyConv2d(3, 3), nn.Linear(3, 2)), r"0\.weight must be .* a lazy one"),
-        (
-            nn.Sequential(nn.Linear(3, 3, device="meta"), nn.Linear(3, 2)),
-            r"0\.weight must be .* with values, got .*, meta",
-        ),
+        (nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)), r"0\.weight must be .*lazy"),
+        (nn.Sequential(nn.LazyConv2d(3, 3), nn.Linear(3, 2)), r"0\.weight must be .*lazy"),
+        (nn.Sequential(nn.Linear(3, 3, device="meta"), nn.Linear(3, 2)), r"0\.weight must be .* with values .*, meta"),
         (
             nn.Sequential(nn.Linear(3, 3, dtype=torch.complex64), nn.Linear(3, 2)),
             r"0\.weight must .* got .* torch.complex64",
         ),
         (broken(torch.ones(2, 3, dtype=torch.int8)), r"0\.weight must .* got .* torch.int8"),
-        (broken(torch.ones(2, 3).to_sparse()), r"0\.weight must be a plain, dense"),
+        (broken(torch.ones(2, 3).to_sparse()), r"0\.weight must be a dense"),
         (broken(torch.ones(2, 3).to(torch.float8_e4m3fn)), r"0\.weight must .* got .* torch.float8_e4m3fn"),
         (broken(torch.ones(1, 3).expand(2, 3)), r"0\.weight shares memory with itself"),
         (broken(torch.tensor([[1.0, float("nan"), 0.0]] * 2)), r"0\.weight must be finite"),
@@ -1291,10 +1296,10 @@ def test_recalibration_restores_what_pruning_cost() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"sparsities": 0.5}, TypeError, "several numbers in .0, 1., got 0.5"),
-        ({"sparsities": "0.5"}, TypeError, "several numbers"),
+        ({"sparsities": 0.5}, TypeError, "several numbers in .0, 1.*, got 0.5"),
+        ({"sparsities": "0.5"}, TypeError, "sparsity must be a number in .0, 1., got '0'"),
         ({"sparsities": [0.5, 80]}, ValueError, r"did you mean 0\.8"),
-        ({"score": 1.0}, TypeError, "score and retrain must be functions, got 1.0"),
+        ({"score": 1.0}, TypeError, "score and retrain must be functions, got .*, 1.0 and None"),
         ({"retrain": 1.0}, TypeError, "must be functions"),
         ({"method": "l2"}, ValueError, "unknown method"),
         ({"skip": ("fc9",)}, ValueError, "fc9"),
