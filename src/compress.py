@@ -37,7 +37,7 @@ def shrink(model: nn.Module) -> nn.Module:
     A unit goes when its outgoing weights are all zero, or its incoming ones: the constant that it then sends moves into
     the biases of the next layer (without biases, only units that send zero go). One unit of every layer stays. An MLP
     is an nn.Sequential, nested or not, or has a method ``chain()`` that returns its modules in running order: Linear,
-    with elementwise layers, Flatten and BatchNorm1d between, anything after the last. Raises: ValueError: other models.
+    with elementwise layers, Flatten and BatchNorm1d between, anything after the last. ValueError, TypeError: others.
 
     >>> model = nn.Sequential(nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, 10))
     >>> _ = nn.init.zeros_(model[0].weight[:75])
@@ -74,6 +74,8 @@ def _links(model: nn.Module) -> list[tuple[Any, Any]]:
     """Each Linear layer of an MLP with what stands between it and the following one, and that one; or ValueError."""
     cure = "Torch-Pruning (pip install torch-pruning) cuts convolutional, residual and attention networks"
     cure += "; computed weights can be made permanent (torch.nn.utils.prune.remove)"
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     names = {module: name for name, module in model.named_modules()}
     chain = list(dropwhile(lambda module: not [*module.parameters()], _chain(model)))  # a Flatten may come first
     linear = [place for place, module in enumerate(chain) if isinstance(module, nn.Linear)]
@@ -108,6 +110,7 @@ def to_sparse(model: nn.Module) -> nn.Module:
     It pays for pruned weights (after unit pruning, `shrink` alone is faster) and batches of 32 and more, most in chains
     as `shrink` takes them. The copy is in eval mode, without gradients and, for finite inputs, exact to rounding; it is
     not for files. Subclasses of nn.Linear, layers with hooks and what nn.MultiheadAttention reads stay dense.
+    Raises: ValueError: weights that torch.nn.utils.prune still computes.
 
     >>> to_sparse(nn.Linear(784, 100).apply(lambda layer: nn.init.zeros_(layer.weight[20:])))
     SparseLinear(in_features=784, out_features=100, bias=True)
@@ -203,7 +206,7 @@ def save_compressed(model_or_state_dict: Weights, path: str | Path | IO[bytes], 
     """Save weights in as few bytes as their zeros allow, every bit kept: gzip of torch.save.
 
     `path` may be a binary file object. `info` are plain values (str, int, float, list, dict, …) to keep with the
-    weights. Raises: ValueError: what cannot be stored, before anything is written.
+    weights. Raises: ValueError: what cannot be stored, before anything is written. OSError.
 
     >>> save_compressed({"fc1": torch.eye(100)}, io.BytesIO(), info={"accuracy": 0.98})
     """
@@ -219,10 +222,8 @@ def save_compressed(model_or_state_dict: Weights, path: str | Path | IO[bytes], 
     except Exception:
         raise ValueError("only dense tensors by name and plain values (str, int, list, …) can be stored") from None
     packed = gzip.compress(content.getbuffer(), 6, mtime=0)  # level 9 makes it 2 % smaller in eight times the time
-    if isinstance(path, str | Path):
-        Path(path).write_bytes(packed)
-    else:
-        path.write(packed)
+    write = path.write if hasattr(path, "write") else Path(path).write_bytes
+    write(packed)
 
 
 def stored_bytes(model_or_state_dict: Weights) -> int:
@@ -274,7 +275,7 @@ def _read(content: bytes, limit: float) -> tuple[Values, Values]:
 
 
 def latency(model: nn.Module, batch: Tensor, min_run_time: float = 0.5) -> "torch.utils.benchmark.Measurement":
-    """Time inference in the mode that `model` is in: ``.median`` and ``.iqr`` (between quartiles) are seconds a batch.
+    """Time inference in the model's mode for `min_run_time` seconds: ``.median``, ``.iqr`` (of quartiles): s a batch.
 
     >>> latency(nn.Linear(784, 100), torch.rand(256, 784), min_run_time=0.01).median < 1
     True

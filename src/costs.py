@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from compress import latency, shrink, stored_bytes, to_sparse
+from compress import SparseLinear, latency, shrink, stored_bytes, to_sparse
 from prune import prune_model
 from utils import COLORS, MARKERS, NAMES, Row, log_axis, new_figure, stretch_k_axis
 
@@ -46,7 +46,7 @@ def measure_costs(model: nn.Module, rows: Sequence[Row], images: Tensor, **pruni
         forms = {"dense": pruned, "sparse": to_sparse(small)} if row.method == "weight" else {"shrunk": small}
         for form, network in forms.items():
             fields = (row.method, row.k_percent, row.accuracy_percent, form, file_bytes, dense_bytes)
-            if form != "sparse" or "SparseLinear" in str(network):  # few zeros leave all layers dense
+            if form != "sparse" or any(isinstance(layer, SparseLinear) for layer in network.modules()):
                 turns += [(CostRow(*fields, size), network, []) for size in BATCH_SIZES]
     for cost, network, times in tqdm(turns * ROUNDS, "costs", leave=False, disable=None):  # None: only on a terminal
         times.append(latency(network, images[: cost.batch_size], ROUND_SECONDS))
@@ -74,9 +74,8 @@ def format_costs(costs: Sequence[CostRow]) -> str:
     dense, packed = costs[0].dense_bytes, max(row.stored_bytes for row in costs)
     for method, k in dict.fromkeys((row.method, row.k_percent) for row in costs):
         rows = [row for row in costs if (row.method, row.k_percent) == (method, k)]
-        lines.append(
-            f"{NAMES[method]:7}{k:6g}{rows[0].stored_bytes / 1e3:9,.0f}{100 * rows[0].stored_bytes / dense:12.2f}"
-        )
+        file = rows[0].stored_bytes
+        lines.append(f"{NAMES[method]:7}{k:6g}{file / 1e3:9,.0f}{100 * file / dense:12.2f}")
         for size, (dense_ms, _, _) in found.items():
             best = min((row for row in rows if row.batch_size == size), key=lambda row: row.latency_ms)
             faster = "busy" if best.latency_iqr_ms > BUSY * best.latency_ms else f"{dense_ms / best.latency_ms:.2f}"

@@ -97,8 +97,10 @@ class Engine:
         weights, pruned = dict(self.model.named_parameters()), dict[str, Tensor]()
         for name, mask in masks.items():
             weight = weights.get(name)
-            if weight is None or not isinstance(mask, Tensor) or mask.shape != weight.shape:
-                raise ValueError(f"the masks are not of this model, which has no {name} of such a shape")
+            if weight is None or getattr(mask, "dtype", None) is not torch.bool or mask.shape != weight.shape:
+                raise ValueError(
+                    f"masks must be boolean and of this model, which has no {name} of such a shape or type"
+                )
             if self.straight_through:  # the same values, with the whole gradient
                 pruned[name] = weight - weight.detach() * ~mask.to(weight.device)
             else:

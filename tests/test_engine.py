@@ -209,6 +209,7 @@ def test_masks_that_do_not_fit_are_told():
     for name, mask in (
         ("fc9.weight", masks["fc1.weight"]),
         ("fc1.weight", masks["fc1.weight"][:1]),
+        ("fc1.weight", masks["fc1.weight"].float()),
         ("fc1.weight", None),
     ):
         with pytest.raises(ValueError, match=f"no {name} of such a shape"):

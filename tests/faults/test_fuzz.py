@@ -168,20 +168,11 @@ SLOW = {"plot": 0.1, "measure": 0.1, "precision": 0.1, "machine": 0.1, "latency"
 WEIGHTS = [next((rate for word, rate in SLOW.items() if word in each.__name__), 1) for each in FUNCTIONS]
 PARAMETERS = {function: parameters(function) for function in FUNCTIONS}
 TORCHS = (compress.latency, costs.measure_costs, prune.recalibrate, utils.l2)
-SMALL = (
-    utils.l2,
-    utils.read_csv,
-    utils.write_csv,
-    utils.save_figure,
-    compress.to_sparse,
-    compress.shrink,
-    prune.recalibrate,
-)
+SMALL = (utils.l2, utils.read_csv, utils.write_csv, utils.save_figure, compress.to_sparse, prune.recalibrate)
 THEIRS = {  # what torch says to a batch that does not fit the model, the system of files that are not there, …
     **{function: {"RuntimeError", "IndexError", "AttributeError"} for function in TORCHS},
     **{function: {"RuntimeError", "IndexError", "AttributeError", "OSError"} for function in SMALL},
     train_epoch: {"KeyError"},  # masks of another model
-    compress.save_compressed: {"AttributeError", "OSError"},  # what is neither a path nor a file
 }
 DOCUMENTED = {
     function: {"TypeError", "ValueError"}
