@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from system import one_line, warn, write_file
+from system import one_line, say, warn, write_file
 
 MNIST_FILES = {  # bytes unpacked and as .gz; MD5 of the unpacked ones
     "train-images-idx3-ubyte": (47_040_016, 9_912_422, "6bbc9ace898e44ae57da46a324031adb"),
@@ -24,6 +24,7 @@ MNIST_FILES = {  # bytes unpacked and as .gz; MD5 of the unpacked ones
 MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/")  # torchvision's
 DIGITS_FILE = Path(__file__).resolve().parents[1] / "inputs" / "digits.npz"  # wherever --inputs points
 TIMEOUT = 8.0  # seconds; two silent mirrors and a run on digits fit into half a minute
+NOT_MNIST = "*** These are NOT MNIST results: the bundled digits took its place. ***"  # said first and last
 SLOWEST = 30_000  # bytes a second on average; a mirror that sends less counts as silent
 
 
@@ -58,6 +59,7 @@ def load(dataset: str, inputs: Path, *, holdout: bool = False, device: torch.dev
         try:
             return load("mnist", inputs, holdout=holdout, device=device)
         except DataError as error:
+            say(f"{NOT_MNIST}\n{error}")
             return replace(load("digits", inputs, holdout=holdout, device=device), fallback_reason=str(error))
     if dataset not in ("mnist", "digits"):
         raise ValueError(f"dataset must be auto, mnist or digits, got {dataset!r}")

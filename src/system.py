@@ -76,11 +76,10 @@ def begin_program() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:  # the parent's choice
             signal.signal(number, stop)
-    for stream in ("stdout", "stderr"):
-        if getattr(sys, stream) is None:  # it was closed
-            setattr(sys, stream, io.StringIO())
-        else:
-            getattr(sys, stream).reconfigure(errors="replace")
+    sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()  # None: it was closed
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(message)}\n"
 
 
@@ -89,12 +88,11 @@ def exit_status(main: Callable[[], int]) -> int:
     try:
         return main()
     except (OSError, ImportError, ValueError, ArithmeticError, MemoryError) as error:
-        message = one_line(error)
+        warn(f"train.py: error: {one_line(error)}")
     except RuntimeError as error:  # torch has no class of its own for a CPU without memory
         if "memory" not in str(error):
             raise
-        message = "out of memory: try a smaller --batch-size, or --device cpu"
-    warn(f"train.py: error: {message}")
+        warn("train.py: error: out of memory: try a smaller --batch-size, or --device cpu")
     return 1
 
 
@@ -119,7 +117,7 @@ def pick_precision(name: str, device: "torch.device") -> "torch.dtype":
 
     if name == "auto" and device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    # Without the instructions a product takes a second; there is no public name for them. With them it may be slower.
+    # Without the instructions a product takes a second. With them it may be slower, so it is tried.
     native = any(getattr(torch.cpu, probe, bool)() for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     faster = name == "auto" and native and 1.3 * seconds(torch.bfloat16) < seconds(torch.float32)
     return torch.bfloat16 if name == "bf16" or faster else torch.float32

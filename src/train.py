@@ -1,11 +1,13 @@
 """Train a network, prune copies of it at every k %, plot accuracy against sparsity: `python src/train.py`."""
 
 import copy
+import hashlib
 import io
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for python -m src.train, python -I and symbolic links
 
 import system
-from config import BATCH_SIZE, Config, changed, parse_config
+from config import BATCH_SIZE, Config, changed, parse_config, without_effect
 
 if __name__ == "__main__":  # before torch, whose import takes two seconds: a flag and Ctrl-C are answered at once
     system.begin_program()
@@ -24,14 +26,13 @@ from torch import nn
 from tqdm import tqdm
 
 import compress
-import files
 import prune
 import utils
 from costs import format_costs, measure_costs, plot_cost_sparsity
-from data import Batches, Dataset, load
+from data import NOT_MNIST, Batches, Dataset, load
 from engine import Adam, Engine, gradual_masks, random_masks
-from model import SIZES, NeuralNetwork
-from system import say
+from model import SIZES, NeuralNetwork, load_model
+from system import say, warn, write_file
 from utils import Row
 
 bar = partial(tqdm, leave=False, disable=None)  # None: only on a terminal
@@ -45,39 +46,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         OSError, ValueError, FloatingPointError: the job cannot be done.
     """
     config = parse_config(argv)
-    ranks = int(os.environ.get("WORLD_SIZE") or 1)  # processes that torchrun started, which share the seeds
-    rank = int(os.environ.get("RANK") or 0) % ranks
-    if rank:  # rank 0 alone prints
-        sys.stdout = io.StringIO()
     device = system.pick_device(config.device)
     dataset = load(config.dataset, config.inputs, holdout=config.holdout, device=device)
-    if dataset.fallback_reason and ranks > 1:  # another rank may have found MNIST
-        raise ValueError(f"{dataset.fallback_reason}; with several ranks choose --dataset digits to train on those")
     precision = str(system.pick_precision(config.precision, device)).removeprefix("torch.")
     batch_size = config.batch_size or BATCH_SIZE[dataset.name]
     config = replace(config, dataset=dataset.name, device=device.type, precision=precision, batch_size=batch_size)
     check_outputs(config)
     announce(dataset, config)
 
-    seeds, rows, first = range(config.seed, config.seed + config.seeds), list[Row](), None
-    for seed in seeds[rank::ranks]:
-        if done := files.read_progress(config, seed):
-            rows += done
-            continue
-        torch.manual_seed(seed)
-        model = NeuralNetwork().to(device) if config.model is None else files.load_model(config.model, device)
-        if config.model is None:
-            train(model, dataset, config, seed)
-        done = [row for method in config.methods for row in sweep(model, method, dataset, config, seed)]
-        if config.seeds > 1:
-            files.write_rows(files.progress_path(config, seed), done)
-        rows += done
-        first = first or model
+    ranks = int(os.environ.get("WORLD_SIZE") or 1) if os.environ.get("RANK") else 1  # torchrun's: they share the seeds
+    seeds = range(config.seed, config.seed + config.seeds)
+    found = {seed: utils.read_progress(*progress(config, seed)) for seed in seeds}  # of a run that was stopped
+    for seed in seeds[int(os.environ.get("RANK") or 0) :: ranks]:
+        if not found[seed]:
+            torch.manual_seed(seed)
+            model = NeuralNetwork().to(device) if config.model is None else load_model(config.model).to(device)
+            if config.model is None:
+                train(model, dataset, config, seed)
+            found[seed] = [row for method in config.methods for row in sweep(model, method, dataset, config, seed)]
+            utils.write_progress(*progress(config, seed), found[seed])
 
-    if rank:  # rank 0 alone reports
+    rows = [row for seed in seeds for row in found[seed] or utils.read_progress(*progress(config, seed))]
+    if len({row.seed for row in rows}) < config.seeds:
+        say("some seeds are not done: the rank that ends last reports")
         return 0
-    rows += files.wait_for_ranks(config, [seed for seed in seeds if seed not in seeds[::ranks]])
-    return report(rows, first, dataset, config)
+    return report(rows, dataset, config)
 
 
 # ── networks ──
@@ -94,7 +87,7 @@ def train(model: nn.Module, dataset: Dataset, config: Config, seed: int) -> None
         testing = evaluate(model, dataset)
         say(f"Epoch:{epoch}/{config.epochs}, Training Set Accuracy: {training:.2%}, {what} Set Accuracy: {testing:.2%}")
     if seed == config.seed:
-        files.save_model(model, config, {"training_percent": 100 * training, f"{what.lower()}_percent": 100 * testing})
+        save_model(model, config, {"training_percent": 100 * training, f"{what.lower()}_percent": 100 * testing})
 
 
 def finetune(model: nn.Module, method: str, k: float, dataset: Dataset, config: Config, seed: int) -> nn.Module:
@@ -154,7 +147,10 @@ def sweep(model: nn.Module, method: str, dataset: Dataset, config: Config, seed:
         kept = sum(int(weight.count_nonzero()) for weight in network.parameters())
         rows.append(Row(origin, method, config.scope, k, 100 * point.achieved, kept, accuracy, finetuned))
         if (method, k) in config.keep and seed == config.seed:
-            files.save_pruned(network, config, rows[-1])
+            path, content = output(config, f"{method}_{k:.15g}.bin"), io.BytesIO()
+            compress.save_compressed(network, content, asdict(rows[-1]) | describe(config))
+            write_file(path, content.getvalue())
+            say(f"wrote {path}")
     return rows
 
 
@@ -166,42 +162,42 @@ def pruning(config: Config) -> dict[str, Any]:
 # ── results ──
 
 
-def report(rows: list[Row], first: nn.Module | None, dataset: Dataset, config: Config) -> int:
+def report(rows: list[Row], dataset: Dataset, config: Config) -> int:
     """CSV, table, facts and plots of all seeds, and the costs of the first network; returns the exit status."""
-    rows = sorted(rows, key=lambda row: row.seed or 0)  # ranks and stopped runs bring them in other orders
-    files.write_rows(files.output(config, "accuracy_sparsity.csv"), rows)
     say(f"{utils.format_table(rows)}\n{utils.format_facts(rows)}")
+    utils.write_csv(output(config, "accuracy_sparsity.csv"), rows)
     text = title(dataset, config)
     published = utils.LENET_300_100 if config.finetune_epochs and dataset.name == "mnist" else ()  # retrained as well
-    drawn = draw(config, "accuracy_sparsity", lambda: utils.plot_accuracy_sparsity(rows, text))
-    drawn &= draw(config, "accuracy_weights", lambda: utils.plot_accuracy_weights(rows, text, published))
-    if config.costs and first is not None:
+    drawn = draw(config, "accuracy_sparsity", utils.plot_accuracy_sparsity, rows, text)
+    drawn &= draw(config, "accuracy_weights", utils.plot_accuracy_weights, rows, text, published)
+    made = output(config, "model.bin") if config.model is None else config.model
+    if config.costs:
         own = [row for row in rows if row.seed == rows[0].seed and row.method in ("weight", "unit")]
-        costs = measure_costs(first, own, dataset.test_images, **pruning(config))
-        files.write_rows(files.output(config, "cost_sparsity.csv"), costs)
+        model = load_model(made).to(dataset.test_images.device)
+        costs = measure_costs(model, own, dataset.test_images, **pruning(config))
+        utils.write_csv(output(config, "cost_sparsity.csv"), costs)
         say(format_costs(costs))
-        drawn &= draw(config, "cost_sparsity", lambda: plot_cost_sparsity(costs, text))
-    made = files.output(config, "model.bin")
-    for path in files.result_files(config) if config.model is None and made.exists() else ():
+        drawn &= draw(config, "cost_sparsity", plot_cost_sparsity, costs, text)
+    for path in result_files(config) if config.model is None and made.exists() else ():
         if path.stat().st_mtime < made.stat().st_mtime:
             say(f"{path} is of an earlier network")
-    announce_fallback(dataset)
+    if dataset.fallback_reason:
+        say(f"{NOT_MNIST}\n{dataset.fallback_reason}")
     if drawn:  # else the same command goes on from here
         for seed in range(config.seed, config.seed + config.seeds):
-            files.progress_path(config, seed).unlink(missing_ok=True)
+            progress(config, seed)[0].unlink(missing_ok=True)
     return 0 if drawn else 1
 
 
-def draw(config: Config, name: str, plot: Callable[[], Any]) -> bool:
+def draw(config: Config, name: str, plot: Callable[..., Any], *arguments: Any) -> bool:
     """Save a plot, and say whether that went well: one that cannot be drawn costs nothing but itself."""
     try:
-        figure = plot()
+        figure = plot(*arguments)
         for suffix in filter(None, ("png", config.format)):
-            utils.save_figure(path := files.output(config, f"{name}.{suffix}"), figure)
-            say(f"wrote {path}")
+            utils.save_figure(output(config, f"{name}.{suffix}"), figure)
         return True
     except Exception as error:  # people's own settings of matplotlib fail in ways of their own
-        system.warn(f"train.py: error: cannot draw {name}: {system.one_line(error)}")
+        warn(f"train.py: error: cannot draw {name}: {system.one_line(error)}")
         return False
 
 
@@ -220,22 +216,12 @@ def title(dataset: Dataset, config: Config) -> str:
 
 def announce(dataset: Dataset, config: Config) -> None:
     """Say what will be computed, on what and with what."""
-    announce_fallback(dataset)
     machine = system.describe_machine(dataset.test_images.device)
     say(f"{title(dataset, config)}; {len(dataset.train_labels):,} training images")
     training = f", training in {config.precision}" * (config.model is None or config.finetune_epochs > 0)
     say(f"{machine['hardware']}, threads: {machine['threads']}{training}")
-    used = {files.progress_path(config, seed) for seed in range(config.seed, config.seed + config.seeds)}
-    for path in sorted({*config.plots.glob(files.output(config, "accuracy_*.unfinished").name)} - used):
-        say(f"{path} is of a stopped run with other settings or versions, and is not used")
     if 0 < config.k[-1] <= 1:
         say(f"warning: k is in %: did you mean {' '.join(f'{100 * k:g}' for k in config.k)}?")
-
-
-def announce_fallback(dataset: Dataset) -> None:
-    """Say loudly, first and last, that the digits took MNIST's place."""
-    if dataset.fallback_reason:
-        say(f"*** These are NOT MNIST results: the bundled digits took its place. ***\n{dataset.fallback_reason}")
 
 
 def check_outputs(config: Config) -> None:
@@ -246,12 +232,57 @@ def check_outputs(config: Config) -> None:
         probe = folder / f".{os.urandom(8).hex()}.tmp"
         system.write_file(probe, b"")
         probe.unlink()
-    for path in files.result_files(config):
+    for path in result_files(config):
         if path.exists() and not path.is_file():
             raise FileExistsError(f"{path} is in the way: a folder or device, not a file")
-    kept = [files.output(config, f"{method}_{k:.15g}.bin").resolve() for method, k in config.keep]
+    kept = [output(config, f"{method}_{k:.15g}.bin").resolve() for method, k in config.keep]
     if config.model is not None and config.model.resolve() in kept:
         raise FileExistsError(f"--keep would overwrite {config.model}, which --model reads: choose another --models")
+
+
+# ── files of a run ──
+
+
+def output(config: Config, name: str) -> Path:
+    """Where a run writes a file: networks and what describes them to one folder, numbers and plots to the other."""
+    prefix = f"{config.dataset}_{'holdout_' * config.holdout}"
+    if name.endswith((".bin", ".json")):
+        return config.models / f"{prefix}{name}"
+    return config.plots / (name if prefix == "mnist_" else f"{prefix}{name}")
+
+
+def result_files(config: Config) -> list[Path]:
+    """What in the output folders is named as a run's files are."""
+    names = ("model.bin", "model.json", "unit_*.bin", "weight_*.bin", "accuracy_*.*", "cost_*.*")
+    patterns = [output(config, name) for name in names]
+    return sorted(path for pattern in patterns for path in pattern.parent.glob(pattern.name))
+
+
+def describe(config: Config) -> dict[str, Any]:
+    """The settings and versions that the numbers of a seed depend on, as JSON holds them."""
+    others = {*without_effect(config), "inputs", "models", "plots", "format", "costs"}
+    settings = {name: value for name, value in asdict(config).items() if name not in others}
+    versions = system.describe_machine(torch.device(config.device))
+    return json.loads(json.dumps({"settings": settings, "versions": versions}, default=str))
+
+
+def save_model(model: nn.Module, config: Config, accuracy: dict[str, float]) -> None:
+    """Write the weights, then a JSON that says how they came about and names the MD5 of the file it describes."""
+    buffer, path = io.BytesIO(), output(config, "model.bin")
+    torch.save({name: weight.cpu() for name, weight in model.state_dict().items()}, buffer)
+    write_file(path, buffer.getvalue())
+    digest = hashlib.md5(buffer.getvalue(), usedforsecurity=False).hexdigest()
+    facts = {"md5": digest, "seed": config.seed, "accuracy": accuracy, **describe(config)}
+    write_file(path.with_suffix(".json"), f"{json.dumps(facts, indent=2)}\n".encode())
+    say(f"wrote {path}")
+
+
+def progress(config: Config, seed: int) -> tuple[Path, str]:
+    """Where the rows of a finished seed wait for the others, and what they depend on, of the first its model's file."""
+    made = config.model or output(config, "model.bin")
+    written = made.stat().st_mtime_ns if seed == config.seed and made.exists() else None
+    path = output(config, f"accuracy_sparsity_seed_{seed}.unfinished")
+    return path, json.dumps([config.seed, written, describe(config)])
 
 
 if __name__ == "__main__":

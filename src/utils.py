@@ -1,9 +1,12 @@
 """Small functions: l2; rows of results, and what people read in them: facts, a table, a CSV file, the plots."""
 
 import csv
+import hashlib
 import io
+import json
+import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -12,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from system import write_file
+from system import say, warn, write_file
 
 if TYPE_CHECKING:  # matplotlib is imported where a plot is drawn: one that is broken costs the plots alone
     from matplotlib.axes import Axes
@@ -148,32 +151,45 @@ def format_table(rows: Sequence[Row]) -> str:
 
 
 def write_csv(path: Path, rows: Sequence[Any]) -> None:
-    """Write dataclasses, whole or not at all; None as a blank, k_percent with all digits, other fractions with six."""
+    """Write dataclasses, whole or not at all; None as a blank, k_percent with all digits, other fractions with six.
+
+    Raises: OSError: the folder takes no file; it names the one, elsewhere, that holds the rows all the same.
+    """
     if not rows:
         raise ValueError("there are no rows to write")
     text = io.StringIO()
     lines = [asdict(row) | {"k_percent": digits(row.k_percent)} for row in rows]
     table = [[f"{cell:.6g}" if isinstance(cell, float) else cell for cell in line.values()] for line in lines]
     csv.writer(text, lineterminator="\n").writerows([lines[0], *table])
-    write_file(path, text.getvalue().encode())
-
-
-def read_csv(path: Path) -> list[Row]:
-    """The rows that `write_csv` wrote; ValueError names a file that holds anything but whole, finite rows."""
+    data = text.getvalue().encode()
     try:
-        header, *lines = csv.reader(io.StringIO(text := path.read_text(encoding="utf-8")))
-        if header != [column.name for column in fields(Row)] or not text.endswith("\n"):
-            raise ValueError("other columns, or a last line without its end")
-        rows = [
-            Row(int(seed) if seed else None, method, scope, float(k), float(achieved), int(kept), float(accuracy),
-                float(finetuned) if finetuned else None)
-            for seed, method, scope, k, achieved, kept, accuracy, finetuned in lines
-        ]  # fmt: skip
-        if any(isinstance(value, float) and not np.isfinite(value) for row in rows for value in astuple(row)):
-            raise ValueError("a number that is not finite")
-        return rows
-    except (ValueError, csv.Error) as error:
-        raise ValueError(f"{path} is not a file of rows: {error}") from error
+        write_file(path, data)
+    except OSError as error:
+        write_file(rescued := Path(tempfile.mkdtemp(), path.name), data)
+        raise OSError(f"{error}; the rows are in {rescued}") from error
+    say(f"wrote {path}")
+
+
+def write_progress(path: Path, settings: str, rows: Sequence[Row]) -> None:
+    """Keep the rows of a finished seed, with a checksum of them and of the settings that they depend on."""
+    text = json.dumps([astuple(row) for row in rows])
+    checksum = hashlib.sha256((settings + text).encode()).hexdigest()
+    try:
+        write_file(path, f"{checksum}\n{text}".encode())
+    except OSError as error:  # the run has them in memory
+        warn(f"{error}: a stopped run would do this seed again")
+
+
+def read_progress(path: Path, settings: str) -> list[Row]:
+    """The rows that `write_progress` kept; none if there are none, or damaged ones, or for other settings."""
+    if not path.is_file():
+        return []
+    checksum, _, text = path.read_text(encoding="utf-8", errors="replace").partition("\n")
+    if checksum != hashlib.sha256((settings + text).encode()).hexdigest():
+        warn(f"{path} is damaged, or of other settings, versions or weights, and is not used")
+        return []
+    say(f"read {path}")
+    return [Row(*values) for values in json.loads(text)]
 
 
 def save_figure(path: Path, figure: "Figure") -> None:
@@ -181,6 +197,7 @@ def save_figure(path: Path, figure: "Figure") -> None:
     data = io.BytesIO()
     figure.savefig(data, format=path.suffix[1:], dpi=200)
     write_file(path, data.getvalue())
+    say(f"wrote {path}")
 
 
 def plot_accuracy_sparsity(rows: Sequence[Row], title: str) -> "Figure":

@@ -1,3 +1,4 @@
+import csv
 import os
 from pathlib import Path
 
@@ -7,6 +8,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+from utils import Row
 
 ROOT = Path(__file__).resolve().parent.parent
 MNIST = ROOT / "inputs" / "MNIST" / "raw"
@@ -24,6 +27,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("mnist"):
             item.add_marker(pytest.mark.skip(reason=f"the four MNIST files are not in {MNIST}"))
+
+
+def read_csv(path: Path) -> list[Row]:
+    """The rows of an accuracy_sparsity.csv."""
+    types: dict[str, type] = {"seed": int, "method": str, "scope": str, "weights_kept": int}
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = [*csv.DictReader(file)]
+    return [Row(**{key: types.get(key, float)(cell) if cell else None for key, cell in line.items()}) for line in lines]
 
 
 @pytest.fixture(autouse=True)

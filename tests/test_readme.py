@@ -7,9 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
-
-import utils
+from conftest import ROOT, read_csv
 
 PAGES = ["README.md", "plots/README.md"]
 
@@ -48,7 +46,7 @@ def test_accuracies_are_means_of_committed_rows(page):
         for name, *cells in lines:
             if not (link := re.search(r"\]\(([^)]+\.csv)\)", name)):
                 continue
-            rows = utils.read_csv((ROOT / page).parent / link[1])
+            rows = read_csv((ROOT / page).parent / link[1])
             for column, cell in zip(head[1:], cells, strict=True):
                 if column == "seeds":
                     assert cell == str(len({row.seed for row in rows}))

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, read_csv
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -114,7 +114,7 @@ def test_the_seed_of_a_loaded_network_may_be_unknown(tmp_path):
     known, unknown = make_rows(), [replace(row, seed=None) for row in make_rows()]
     utils.write_csv(tmp_path / "a.csv", unknown)
     assert (tmp_path / "a.csv").read_text().splitlines()[4] == ",weight,layer,80,80,477200,96.5,"
-    assert utils.read_csv(tmp_path / "a.csv") == unknown
+    assert read_csv(tmp_path / "a.csv") == unknown
     assert utils.format_facts(unknown) == utils.format_facts(known)
     assert utils.format_table(unknown) == utils.format_table(known)
 
@@ -222,24 +222,24 @@ def test_a_csv_of_rows_is_read_as_it_was_written(tmp_path):
     lines = (tmp_path / "a.csv").read_bytes().decode().split("\n")
     assert lines[0] == "seed,method,scope,k_percent,achieved_percent,weights_kept,accuracy_percent,finetuned_percent"
     assert lines[4] == "0,weight,layer,80,80,477200,96.5,"
-    assert utils.read_csv(tmp_path / "a.csv") == make_rows()
+    assert read_csv(tmp_path / "a.csv") == make_rows()
     tuned = make_rows(seeds=2, finetuned=True)
     utils.write_csv(tmp_path / "b.csv", tuned)
-    assert utils.read_csv(tmp_path / "b.csv") == tuned
+    assert read_csv(tmp_path / "b.csv") == tuned
 
 
 def test_published_rows_are_written_as_they_stand(tmp_path):
     published = sorted(ROOT.glob("plots/**/*accuracy_sparsity.csv"))
     assert published
     for path in published:
-        utils.write_csv(tmp_path / "again.csv", utils.read_csv(path))
+        utils.write_csv(tmp_path / "again.csv", read_csv(path))
         assert (tmp_path / "again.csv").read_bytes() == path.read_bytes(), path
 
 
 def test_k_that_differ_after_the_sixth_digit_stay_different(tmp_path):
     rows = sweep([0, 99.99999, 99.999991, 99.99999100000001])
     utils.write_csv(tmp_path / "a.csv", rows)
-    assert [row.k_percent for row in utils.read_csv(tmp_path / "a.csv")] == [row.k_percent for row in rows]
+    assert [row.k_percent for row in read_csv(tmp_path / "a.csv")] == [row.k_percent for row in rows]
     assert "99.99999 " in utils.format_table(rows) and "99.999991 " in utils.format_table(rows)
 
 
@@ -255,30 +255,6 @@ def test_other_rows_are_written_too_and_none_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no rows"):
         utils.write_csv(tmp_path / "b.csv", [])
     assert not (tmp_path / "b.csv").exists()
-
-
-HEADER = b"seed,method,scope,k_percent,achieved_percent,weights_kept,accuracy_percent,finetuned_percent\n"
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"",
-        b"a,b\n1,2\n",
-        HEADER + b"0,weight,layer,0,0,9,98\n",
-        HEADER + b"0,weight,layer,x,0,9,98,\n",
-        HEADER + b"0,weight,layer,0,0,9,,\n",
-        HEADER + b"0,weight,layer,0,0,9.5,98,\n",
-        HEADER + b"0,weight,layer,0,0,9,nan,\n",
-        HEADER + b"0,weight,layer,0,0,9,98,inf\n",
-        HEADER + b"0,weight,layer,0,0,9,98,97.5",  # without its end: was it 97.53?
-        b"\xff\xfe\x00",
-    ],
-)
-def test_what_is_no_file_of_rows_is_named(tmp_path, data):
-    (tmp_path / "other.csv").write_bytes(data)
-    with pytest.raises(ValueError, match=r"other\.csv"):
-        utils.read_csv(tmp_path / "other.csv")
 
 
 def test_figures_are_saved_by_their_suffix_and_equal_ones_equally(tmp_path):

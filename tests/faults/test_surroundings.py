@@ -25,12 +25,11 @@ from matplotlib.figure import Figure
 from runs import SMALL, Run, SmallNetwork, be_small, empty_plot, flags_for
 
 import data
-import files
 import system
 import train
 import utils
 from compress import load_compressed, save_compressed
-from model import NeuralNetwork
+from model import NeuralNetwork, load_model
 
 CSV = "p/digits_accuracy_sparsity.csv"
 
@@ -210,19 +209,22 @@ def test_two_runs_at_once_both_end_well(tmp_path):
     left = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert len(left) == 5 and not [path for path in left if path.name.startswith(".")]
     with warnings.catch_warnings(action="error"):
-        files.load_model(tmp_path / "run/m/digits_model.bin", torch.device("cpu"))
+        load_model(tmp_path / "run/m/digits_model.bin")
 
 
-def be_one_of_two() -> None:
-    os.environ["WORLD_SIZE"] = "2"  # without torchrun, and without RANK
+def be_one_of_two(**rank: str) -> None:
+    os.environ |= {"WORLD_SIZE": "2", **rank}
 
 
-def test_a_rank_that_stays_alone_says_what_it_waits_for_until_it_is_stopped(tmp_path):
-    assert Run(tmp_path / "alone", faults=(be_one_of_two,)).end() == 0
-    run = Run(tmp_path / "run", "--seeds", "2", faults=(be_one_of_two,))
-    assert run.prints("waiting for another rank to write")
-    run.signal(signal.SIGINT)
-    assert run.end() == 130
+def test_a_rank_that_stays_alone_ends_and_says_that_it_has_not_reported(tmp_path):
+    without = Run(tmp_path / "without", "--seeds", "2", faults=(be_one_of_two,))  # of what is not torchrun
+    first = Run(tmp_path / "run", "--seeds", "2", faults=(functools.partial(be_one_of_two, RANK="0"),))
+    assert (without.end(), first.end()) == (0, 0)
+    assert (tmp_path / "without" / CSV).exists()
+    assert "the rank that ends last reports" in first.output and not (tmp_path / "run" / CSV).exists()
+    last = Run(tmp_path / "run", "--seeds", "2", faults=(functools.partial(be_one_of_two, RANK="1"),))
+    assert last.end() == 0
+    assert len(read_rows(tmp_path / "run" / CSV)) == 8 and "dense: " in last.output
 
 
 # ── folders and disks ──
@@ -257,7 +259,7 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_any_training():
 
 
 LARGEST = {  # file in bytes → what is written after all, and what is named
-    50_000: (0, "m/digits_model.bin"), 50: (0, CSV), 800: (1, "p/digits_accuracy_sparsity"),
+    50_000: (0, "m/digits_model.bin"), 50: (0, "digits_accuracy_sparsity.csv"), 800: (1, "p/digits_accuracy_sparsity"),
 }  # fmt: skip
 
 
@@ -277,7 +279,7 @@ def test_a_full_disk_leaves_the_old_files_whole_and_the_rows_first(size, tmp_pat
         assert main(tmp_path, *flags) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-    message = one_line(capsys)
+    *_, message = capsys.readouterr().err.splitlines()
     assert named in message and os.strerror(errno.EFBIG) in message
     assert sum(path.read_bytes() != b"old" for path in old) == written == (old[1].read_bytes() != b"old")
     assert not list(tmp_path.rglob(".*"))
