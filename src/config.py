@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent  # the folders are found from any working directory
 K_PERCENT = (0.0, 25.0, 50.0, 60.0, 70.0, 75.0, 80.0, 85.0, 90.0, 92.5, 95.0, 97.5, 99.0)
@@ -109,17 +109,12 @@ def changed(config: Config) -> list[str]:
     return words
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Name the flag and its range in one line; argparse would print the whole usage above it."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
-
-
 def parse_config(argv: Sequence[str] | None = None) -> Config:
     """Read the command line; k comes sorted, with 0. SystemExit: 2 after a line on a bad setting, 0 after `--help`."""
     purpose = "Train a network, prune copies of it at every k %, and plot accuracy against sparsity."
-    # A flag that is not given stays absent, so that the dataclass alone holds the defaults.
-    parser = _Parser("train.py", description=purpose, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    # Flags that are not given stay absent: the dataclass alone holds the defaults. An error has no usage above it.
+    options: dict[str, Any] = {"usage": argparse.SUPPRESS, "argument_default": argparse.SUPPRESS}
+    parser = argparse.ArgumentParser("train.py", description=purpose, allow_abbrev=False, **options)
     groups = {name: parser.add_argument_group(name) for name in ("data", "run", "training", "pruning", "results")}
     for setting in fields(Config):
         flag = f"--{setting.name.replace('_', '-')}"
