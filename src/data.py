@@ -15,11 +15,11 @@ from torch import Tensor
 
 from system import one_line, warn, write_file
 
-MNIST_FILES = {  # bytes unpacked and as .gz; MD5 of the unpacked ones
-    "train-images-idx3-ubyte": (47_040_016, 9_912_422, "6bbc9ace898e44ae57da46a324031adb"),
-    "train-labels-idx1-ubyte": (60_008, 28_881, "a25bea736e30d166cdddb491f175f624"),
-    "t10k-images-idx3-ubyte": (7_840_016, 1_648_877, "2646ac647ad5339dbf082846283269ea"),
-    "t10k-labels-idx1-ubyte": (10_008, 4_542, "27ae3e4e09519cfbb04c329615203637"),
+MNIST_FILES = {  # bytes and MD5 of the unpacked files; bytes as .gz
+    "train-images-idx3-ubyte": (47_040_016, "6bbc9ace898e44ae57da46a324031adb", 9_912_422),
+    "train-labels-idx1-ubyte": (60_008, "a25bea736e30d166cdddb491f175f624", 28_881),
+    "t10k-images-idx3-ubyte": (7_840_016, "2646ac647ad5339dbf082846283269ea", 1_648_877),
+    "t10k-labels-idx1-ubyte": (10_008, "27ae3e4e09519cfbb04c329615203637", 4_542),
 }
 MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/")  # torchvision's
 DIGITS_FILE = Path(__file__).resolve().parents[1] / "inputs" / "digits.npz"  # wherever --inputs points
@@ -98,14 +98,14 @@ class Batches:
         if self.generator is None:  # views cost nothing
             return zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True)
         order = torch.randperm(len(self.labels), generator=self.generator).to(self.labels.device)  # (N,)
-        chosen = order.split(self.batch_size)  # (B,), (B,), …
-        return ((self.images.index_select(0, batch), self.labels.index_select(0, batch)) for batch in chosen)
+        parts = order.split(self.batch_size)  # of (B,)
+        return ((self.images.index_select(0, part), self.labels.index_select(0, part)) for part in parts)
 
 
 def _read_digits() -> list[Tensor]:
     """Images (N, 784), bilinearly upsampled from 8x8, and labels (N,): 1,437 to train on, 360 to test."""
     try:
-        data = _read(DIGITS_FILE, 46_319, 0, "83f13429d4bafcf5822a0e37e5a5e042")
+        data = _read(DIGITS_FILE, 46_319, "83f13429d4bafcf5822a0e37e5a5e042")
     except OSError as error:
         raise DataError(f"{DIGITS_FILE}: {one_line(error)}. Restore it: it is part of the repository") from error
     file = np.load(io.BytesIO(data))  # shuffled once, when it was made
@@ -139,7 +139,7 @@ def _read_mnist(path: Path, faults: list[str]) -> Tensor:
     return values[16:].view(-1, 784).float().div_(255) if "images" in path.name else values[8:].long()
 
 
-def _read(source: Path | str, size: int, packed_size: int, md5: str) -> bytes:
+def _read(source: Path | str, size: int, md5: str, packed_size: int = 0) -> bytes:
     """The verified bytes of a file or an address, unpacked where it is a .gz; hardly more than these are ever read."""
     packed, data, started = str(source).endswith(".gz"), bytearray(), time.monotonic()
     most = packed_size if packed else size
