@@ -15,11 +15,11 @@ from torch import Tensor
 
 from system import one_line, say, warn, write_file
 
-MNIST_FILES = {  # bytes unpacked and as .gz; MD5 of the unpacked ones
-    "train-images-idx3-ubyte": (47_040_016, 9_912_422, "6bbc9ace898e44ae57da46a324031adb"),
-    "train-labels-idx1-ubyte": (60_008, 28_881, "a25bea736e30d166cdddb491f175f624"),
-    "t10k-images-idx3-ubyte": (7_840_016, 1_648_877, "2646ac647ad5339dbf082846283269ea"),
-    "t10k-labels-idx1-ubyte": (10_008, 4_542, "27ae3e4e09519cfbb04c329615203637"),
+MNIST_FILES = {  # bytes and MD5 of the unpacked files; bytes as .gz
+    "train-images-idx3-ubyte": (47_040_016, "6bbc9ace898e44ae57da46a324031adb", 9_912_422),
+    "train-labels-idx1-ubyte": (60_008, "a25bea736e30d166cdddb491f175f624", 28_881),
+    "t10k-images-idx3-ubyte": (7_840_016, "2646ac647ad5339dbf082846283269ea", 1_648_877),
+    "t10k-labels-idx1-ubyte": (10_008, "27ae3e4e09519cfbb04c329615203637", 4_542),
 }
 MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/")  # torchvision's
 DIGITS_FILE = Path(__file__).resolve().parents[1] / "inputs" / "digits.npz"  # wherever --inputs points
@@ -98,66 +98,65 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """One epoch."""
         if self.generator is None:  # views cost nothing
-            yield from zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True)
-            return
+            return zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True)
         order = torch.randperm(len(self.labels), generator=self.generator).to(self.labels.device)  # (N,)
-        for chosen in order.split(self.batch_size):  # (B,)
-            yield self.images.index_select(0, chosen), self.labels.index_select(0, chosen)
+        parts = order.split(self.batch_size)  # of (B,)
+        return ((self.images.index_select(0, part), self.labels.index_select(0, part)) for part in parts)
 
 
 def _read_digits() -> list[Tensor]:
     """Images (N, 784), bilinearly upsampled from 8x8, and labels (N,): 1,437 to train on, 360 to test."""
     try:
-        data = _read(DIGITS_FILE, 46_319, 0, "83f13429d4bafcf5822a0e37e5a5e042")
-    except Exception as error:
+        data = _read(DIGITS_FILE, 46_319, "83f13429d4bafcf5822a0e37e5a5e042")
+    except OSError as error:
         raise DataError(f"{DIGITS_FILE}: {one_line(error)}. Restore it: it is part of the repository") from error
-    with np.load(io.BytesIO(data), allow_pickle=False) as file:  # shuffled once, when the file was made
-        squares, labels = torch.tensor(file["images"]).view(-1, 1, 8, 8) / 16, torch.tensor(file["labels"]).long()
+    file = np.load(io.BytesIO(data))  # shuffled once, when it was made
+    squares, labels = torch.tensor(file["images"]).view(-1, 1, 8, 8) / 16, torch.tensor(file["labels"]).long()
     images = torch.nn.functional.interpolate(squares, size=(28, 28), mode="bilinear").flatten(1)  # (1797, 784)
     return [images[:1437], labels[:1437], images[1437:], labels[1437:]]
 
 
 def _read_mnist(path: Path, faults: list[str]) -> Tensor:
-    """Images (N, 784) or labels (N,) of one file, which is kept at `path`, from the first source without a fault."""
-    packed = path.with_name(f"{path.name}.gz")
-    mirrors = [url for url in MIRRORS if not any(url in fault for fault in faults)]
-    sources: list[Path | str] = [path, packed, *(url + packed.name for url in mirrors)]
+    """Images (N, 784) or labels (N,) of one file, from the first source without a fault; it is kept at `path`."""
+    sources: list[Path | str] = [path, Path(f"{path}.gz")]
+    sources += [f"{url}{path.name}.gz" for url in MIRRORS if not any(url in fault for fault in faults)]
     for source in sources:
         try:
             data = _read(source, *MNIST_FILES[path.name])
+            break
         except FileNotFoundError:
-            continue
+            pass
         except Exception as error:  # gzip alone has four kinds for wrong bytes, and a mirror fails in many ways
             faults.append(f"{source}: {one_line(error)}")
             warn(f"Not used: {faults[-1]}")
-            continue
-        if source != path:
-            try:
-                write_file(path, data)
-            except OSError as error:  # the bytes are good all the same
-                warn(f"MNIST is not kept unpacked: {one_line(error)}; this run goes on without that")
-        values = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # after a header of 16 bytes, or 8
-        return values[16:].view(-1, 784).float().div_(255) if "images" in path.name else values[8:].long()
-    cure = f"Put the four .gz files of MNIST into {path.parent}, or choose --dataset digits"
-    raise DataError(f"MNIST's {path.name} is not available: {'; '.join(faults)}. {cure}")
+    else:
+        cure = f"Put the four .gz files of MNIST into {path.parent}, or choose --dataset digits"
+        raise DataError(f"MNIST's {path.name} is not available: {'; '.join(faults)}. {cure}")
+    if source != path:
+        try:
+            write_file(path, data)
+        except OSError as error:  # the bytes are good all the same
+            warn(f"MNIST is not kept unpacked: {one_line(error)}; this run goes on without that")
+    values = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # after a header of 16 bytes, or 8
+    return values[16:].view(-1, 784).float().div_(255) if "images" in path.name else values[8:].long()
 
 
-def _read(source: Path | str, size: int, packed_size: int, md5: str) -> bytes:
+def _read(source: Path | str, size: int, md5: str, packed_size: int = 0) -> bytes:
     """The verified bytes of a file or an address, unpacked where it is a .gz; hardly more than these are ever read."""
-    packed, received, started = str(source).endswith(".gz"), bytearray(), time.monotonic()
+    packed, data, started = str(source).endswith(".gz"), bytearray(), time.monotonic()
     most = packed_size if packed else size
     if isinstance(source, str):
         warn(f"Downloading {source}")
     elif source.exists() and not source.is_file():  # a FIFO would wait for a writer
         raise DataError("not a regular file")
     with urllib.request.urlopen(source, timeout=TIMEOUT) if isinstance(source, str) else source.open("rb") as stream:
-        while len(received) <= most and (chunk := stream.read1(2**16)):
-            received += chunk  # every byte starts urlopen's own timeout again
-            if (seconds := time.monotonic() - started) > max(TIMEOUT, len(received) / SLOWEST):
-                raise DataError(f"too slow: {len(received):,} bytes in {seconds:.0f} s")
-    if len(received) > most:
-        raise DataError(f"more than {most:,} bytes")
-    data = gzip.GzipFile(fileobj=io.BytesIO(received)).read(size + 1) if packed else bytes(received)  # no bomb
-    if (found := hashlib.md5(data, usedforsecurity=False).hexdigest()) != md5:
-        raise DataError(f"{len(data):,} bytes with MD5 {found}, expected {size:,} with {md5}")
-    return data
+        while chunk := stream.read1(2**16):
+            data += chunk  # every byte starts urlopen's own timeout again
+            if len(data) > most:
+                raise DataError(f"more than {most:,} bytes")
+            if (seconds := time.monotonic() - started) > max(TIMEOUT, len(data) / SLOWEST):
+                raise DataError(f"too slow: {len(data):,} bytes in {seconds:.0f} s")
+    content = gzip.GzipFile(fileobj=io.BytesIO(data)).read(size + 1) if packed else bytes(data)  # no bomb
+    if (found := hashlib.md5(content, usedforsecurity=False).hexdigest()) != md5:
+        raise DataError(f"{len(content):,} bytes with MD5 {found}, expected {size:,} with {md5}")
+    return content

@@ -98,13 +98,10 @@ class Engine:
         for name, mask in masks.items():
             weight = weights.get(name)
             if weight is None or getattr(mask, "dtype", None) is not torch.bool or mask.shape != weight.shape:
-                raise ValueError(
-                    f"masks must be boolean and of this model, which has no {name} of such a shape or type"
-                )
-            if self.straight_through:  # the same values, with the whole gradient
-                pruned[name] = weight - weight.detach() * ~mask.to(weight.device)
-            else:
-                pruned[name] = weight * mask.to(weight)  # as numbers: the backward pass is faster
+                raise ValueError(f"expected boolean masks of this model, which has no {name} of such a shape or type")
+            kept = mask.to(weight)  # 1 or 0: with numbers the backward pass is faster
+            # Straight through: the same values, but the gradient of the whole weight.
+            pruned[name] = weight - weight.detach() * (1 - kept) if self.straight_through else weight * kept
         return torch.func.functional_call(self.model, pruned, (images,)) if pruned else self.model(images)
 
     @torch.no_grad()

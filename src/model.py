@@ -62,18 +62,17 @@ class NeuralNetwork(nn.Module):
         if not state or set(state) != set(names):
             raise ValueError(f"not a NeuralNetwork: expected fc1.weight, fc2.weight, ..., got {[*state]!s:.100}")
         for name, weight in state.items():
-            dense = isinstance(weight, Tensor) and weight.layout is torch.strided and not weight.is_meta
-            if not dense or not weight.is_floating_point() or weight.dim() != 2:
-                raise ValueError(f"{name} must be a floating-point matrix (out, in), and dense")
-            if weight.untyped_storage().nbytes() < weight.nbytes:  # a few bytes in a file that would fill the memory
-                raise ValueError(f"{name} repeats few values many times: expand() is not for files")
+            if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
+                raise ValueError(f"{name} must be a floating-point matrix (out, in)")
+            if weight.layout != torch.strided or weight.is_meta or weight.untyped_storage().nbytes() < weight.nbytes:
+                raise ValueError(f"{name} repeats few values many times, or is sparse or meta: it must hold all values")
             if not weight.isfinite().all():
                 raise ValueError(f"{name} has NaN or infinite weights")
-        weights = [state[name] for name in names]
-        if any(len(earlier) != later.shape[1] for earlier, later in pairwise(weights)):
-            raise ValueError(f"its layers do not fit together: (out, in) {[tuple(weight.shape) for weight in weights]}")
-        model = cls((weights[0].shape[1], *map(len, weights))).to(weights[0].dtype)
-        model.load_state_dict(dict(state))
+        shapes = [tuple(state[name].shape) for name in names]  # (out, in)
+        if any(below[0] != above[1] for below, above in pairwise(shapes)):
+            raise ValueError(f"its layers do not fit together: (out, in) {shapes}")
+        model = cls((shapes[0][1], *(out for out, _ in shapes))).to(state[names[0]].dtype)
+        model.load_state_dict(state)
         return model
 
 

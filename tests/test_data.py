@@ -50,9 +50,9 @@ def pack(files: dict[str, bytes]) -> dict[str, bytes]:
     return {f"{name}.gz": gzip.compress(content, 1) for name, content in files.items()}
 
 
-def facts(files: dict[str, bytes], packed: dict[str, bytes]) -> dict[str, tuple[int, int, str]]:
+def facts(files: dict[str, bytes], packed: dict[str, bytes]) -> dict[str, tuple[int, str, int]]:
     """What data.MNIST_FILES says of such files."""
-    return {name: (len(files[name]), len(packed[f"{name}.gz"]), md5(files[name])) for name in files}
+    return {name: (len(files[name]), md5(files[name]), len(packed[f"{name}.gz"])) for name in files}
 
 
 FILES = make_files(train=24, test=6)
