@@ -85,7 +85,8 @@ def train(model: nn.Module, dataset: Dataset, config: Config, seed: int) -> None
     for epoch in range(1, config.epochs + 1):
         training = engine.train_epoch(bar(batches, f"epoch {epoch}/{config.epochs}"))
         testing = evaluate(model, dataset)
-        say(f"Epoch:{epoch}/{config.epochs}, Training Set Accuracy: {training:.2%}, {what} Set Accuracy: {testing:.2%}")
+        line = f"Epoch:{epoch}/{config.epochs}, Training Set Accuracy: {training:.2%}, {what} Set Accuracy: {testing:.2%}"
+        say(f"Seed:{seed}, {line}" if config.seeds > 1 else line)
     if seed == config.seed:
         save_model(model, config, {"training_percent": 100 * training, f"{what.lower()}_percent": 100 * testing})
 
