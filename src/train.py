@@ -85,8 +85,8 @@ def train(model: nn.Module, dataset: Dataset, config: Config, seed: int) -> None
     for epoch in range(1, config.epochs + 1):
         training = engine.train_epoch(bar(batches, f"epoch {epoch}/{config.epochs}"))
         testing = evaluate(model, dataset)
-        line = f"Epoch:{epoch}/{config.epochs}, Training Set Accuracy: {training:.2%}, {what} Set Accuracy: {testing:.2%}"
-        say(f"Seed:{seed}, {line}" if config.seeds > 1 else line)
+        line = f"Epoch:{epoch}/{config.epochs}, Training Set Accuracy: {training:.2%}"
+        say(f"Seed:{seed}, " * (config.seeds > 1) + f"{line}, {what} Set Accuracy: {testing:.2%}")
     if seed == config.seed:
         save_model(model, config, {"training_percent": 100 * training, f"{what.lower()}_percent": 100 * testing})
 
