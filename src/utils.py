@@ -74,9 +74,8 @@ def curves(rows: Sequence[Row]) -> dict[str, Curve]:
         k, seeds = sorted({row.k_percent for row in own}), dict.fromkeys(row.seed for row in own)
         if method not in NAMES or [(row.k_percent, row.seed) for row in own] != list(product(k, seeds)):
             raise ValueError(f"{method}: expected one of {', '.join(NAMES)}, with one row for each k of each seed")
-        accuracies = [row.finetuned_percent if finetuned else row.accuracy_percent for row in own]
-        values = np.array(accuracies, float).reshape(len(k), -1)  # None becomes nan
-        weights = np.array([row.weights_kept for row in own], float).reshape(len(k), -1)
+        points = [(row.weights_kept, row.finetuned_percent if finetuned else row.accuracy_percent) for row in own]
+        weights, values = np.array(points, float).T.reshape(2, len(k), len(seeds))  # None becomes nan
         if not np.isnan(values).any():
             name = NAMES[method] + FINETUNED * finetuned
             found[name] = Curve(method, finetuned, np.array(k), values.mean(axis=1), values, weights)
@@ -117,10 +116,10 @@ def format_facts(rows: Sequence[Row]) -> str:
     """A line a curve: up to which k it is flat, and where it bends; in brackets the range over several seeds."""
     seeds = [[row for row in rows if row.seed == seed] for seed in dict.fromkeys(row.seed for row in rows)]
     found = [(curves(group), dense_accuracy(group)) for group in (rows, *seeds)]
-    dense = dense_accuracy(rows)
+    names, dense = found[0]
     means = f"flat: no more than {FLAT_POINTS} points below" if dense >= GUESSING else "no better than a guess"
     lines = [f"dense: {dense:.2f} %; {means}"]
-    for name in curves(rows):
+    for name in names:
         facts = []
         for find, verb, otherwise in ((flat_until, "flat up to", "nowhere flat"), (bend, "bends at", "")):
             k, *ks = (find(own[name], own_dense) or 0 for own, own_dense in found)  # of the mean; of every seed
@@ -194,12 +193,11 @@ def plot_accuracy_sparsity(rows: Sequence[Row], title: str) -> "Figure":
     whole.set_xlabel(f"pruned: k % of {pruned} (axis stretched toward 100 %)")
     flat = {name: flat_until(curve, dense_accuracy(rows)) for name, curve in curves(rows).items()}
     ends = sorted((k, method) for method in ("weight", "unit") if (k := flat.get(NAMES[method])))
-    for (k, method), side, gap in zip(ends, ("right", "left"), (-3, 3), strict=False):  # their words point outward
+    for (k, method), ha, dx in zip(ends, ("right", "left"), (-3, 3), strict=False):  # their words point outward
         color, tuned = COLORS[method], flat.get(NAMES[method] + FINETUNED)
         text = f"{NAMES[method]} flat to {digits(k)} %" + (f"\nfine-tuned: to {digits(tuned)} %" if tuned else "")
         near.axvline(k, color=color, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
-        above = (k, 1), (gap, 4), near.get_xaxis_transform(), "offset points"
-        near.annotate(text, *above, color=color, size=TEXT, ha=side)
+        near.annotate(text, (k, 1), (dx, 4), near.get_xaxis_transform(), "offset points", color=color, size=TEXT, ha=ha)
     return figure
 
 
@@ -301,9 +299,9 @@ def log_axis(axes: "Axes", which: str) -> None:
 
 def label_ends(axes: "Axes") -> None:
     """Label the lines of a finished panel in the margin to its right, at the height of their ends, without overlap."""
-    lines: list[Any] = axes.get_legend_handles_labels()[0]  # those with a label
-    ends = {line: (axes.transScale + axes.transLimits).transform(line.get_xydata()[-1])[1] for line in lines}
-    lines = sorted((line for line in lines if 0 <= ends[line] <= 1), key=lambda line: ends[line])
+    labelled, to_axes = list[Any](axes.get_legend_handles_labels()[0]), axes.transScale + axes.transLimits
+    ends = {line: to_axes.transform(line.get_xydata()[-1])[1] for line in labelled}
+    lines = sorted((line for line in ends if 0 <= ends[line] <= 1), key=lambda line: ends[line])
     heights = np.array([ends[line] for line in lines])
     least = 13 / (axes.bbox.height / axes.figure.dpi * 72)  # between two lines of text
     for _ in range(300):
@@ -311,5 +309,5 @@ def label_ends(axes: "Axes") -> None:
         heights = np.clip(heights - [*push, 0] + [0, *push], least / 2, 1 - least / 2)
     for height, line in zip(heights, lines, strict=True):
         leader = {"arrowstyle": "-", "linestyle": ":", "color": line.get_color(), "relpos": (0, 0.5), "shrinkB": 4}
-        place = (line.get_xydata()[-1], (1.025, height), line.get_transform(), "axes fraction")
-        axes.annotate(line.get_label(), *place, color=line.get_color(), size=TEXT, va="center", arrowprops=leader)
+        at = line.get_xydata()[-1], (1.025, height), line.get_transform(), "axes fraction"
+        axes.annotate(line.get_label(), *at, color=line.get_color(), size=TEXT, va="center", arrowprops=leader)
