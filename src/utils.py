@@ -21,8 +21,8 @@ if TYPE_CHECKING:  # matplotlib is imported where a plot is drawn: one that is b
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FLAT_POINTS, NEAR_POINTS = 0.5, 2.5  # below dense: a curve is flat to there; the upper panel of a plot shows to there
-CHANCE, GUESSING = 10.0, 15.0  # accuracy in %: of a guess among ten classes; of a network that has learned something
+FLAT_POINTS = 0.5  # below dense: a curve is flat to there
+GUESSING = 15.0  # accuracy in %: less is no better than a guess among ten classes
 MANY_SEEDS = 8  # more are drawn as a band
 TEXT = 9.5  # points
 # Okabe and Ito's colors, told apart by every kind of color vision.
@@ -62,6 +62,7 @@ class Curve(NamedTuple):
     """One method's points over k, ascending."""
 
     method: str
+    finetuned: bool
     k: np.ndarray  # (points,) %
     mean: np.ndarray  # (points,) accuracy over the seeds, %
     values: np.ndarray  # (points, seeds) accuracy, %
@@ -70,18 +71,18 @@ class Curve(NamedTuple):
 
 def curves(rows: Sequence[Row]) -> dict[str, Curve]:
     """Name → curve of every method, then those after fine-tuning; ValueError unless every seed has one row a k."""
-    plain, tuned = dict[str, Curve](), dict[str, Curve]()
-    for method in dict.fromkeys(row.method for row in rows):
+    found = {}
+    for finetuned, method in product((False, True), dict.fromkeys(row.method for row in rows)):
         own = sorted((row for row in rows if row.method == method), key=lambda row: (row.k_percent, row.seed or 0))
         k, seeds = sorted({row.k_percent for row in own}), dict.fromkeys(row.seed for row in own)
         if method not in NAMES or [(row.k_percent, row.seed) for row in own] != list(product(k, seeds)):
             raise ValueError(f"{method}: expected one of {', '.join(NAMES)}, with one row for each k of each seed")
-        points = [(row.weights_kept, row.accuracy_percent, row.finetuned_percent) for row in own]  # None will be nan
-        weights, *both = np.array(points, float).T.reshape(3, len(k), len(seeds))
-        for found, name, values in zip((plain, tuned), (NAMES[method], NAMES[method] + FINETUNED), both, strict=True):
-            if not np.isnan(values).any():
-                found[name] = Curve(method, np.array(k), values.mean(axis=1), values, weights)
-    return plain | tuned
+        points = [(row.weights_kept, row.finetuned_percent if finetuned else row.accuracy_percent) for row in own]
+        weights, values = np.array(points, float).T.reshape(2, len(k), len(seeds))  # None becomes nan
+        if not np.isnan(values).any():
+            name = NAMES[method] + FINETUNED * finetuned
+            found[name] = Curve(method, finetuned, np.array(k), values.mean(axis=1), values, weights)
+    return found
 
 
 def dense_accuracy(rows: Sequence[Row]) -> float:
@@ -118,10 +119,10 @@ def format_facts(rows: Sequence[Row]) -> str:
     """A line a curve: up to which k it is flat, and where it bends; in brackets the range over several seeds."""
     seeds = [[row for row in rows if row.seed == seed] for seed in dict.fromkeys(row.seed for row in rows)]
     found = [(curves(group), dense_accuracy(group)) for group in (rows, *seeds)]
-    dense = dense_accuracy(rows)
+    names, dense = found[0]
     means = f"flat: no more than {FLAT_POINTS} points below" if dense >= GUESSING else "no better than a guess"
     lines = [f"dense: {dense:.2f} %; {means}"]
-    for name in curves(rows):
+    for name in names:
         facts = []
         for find, verb, otherwise in ((flat_until, "flat up to", "nowhere flat"), (bend, "bends at", "")):
             k, *ks = (find(own[name], own_dense) or 0 for own, own_dense in found)  # of the mean; of every seed
@@ -135,7 +136,7 @@ def format_facts(rows: Sequence[Row]) -> str:
 def format_table(rows: Sequence[Row]) -> str:
     """A table for people, two methods side by side: a line a k; accuracy (mean ± std over seeds) and weights kept."""
     found, blocks = curves(rows), []
-    methods = [name for name in found if not name.endswith(FINETUNED)]
+    methods = [name for name, curve in found.items() if not curve.finetuned]
     for pair in filter(None, (methods[:2], methods[2:])):
         columns = [["k %", *map(digits, found[pair[0]].k)]]
         for name in pair:
@@ -202,18 +203,18 @@ def save_figure(path: Path, figure: "Figure") -> None:
 
 def plot_accuracy_sparsity(rows: Sequence[Row], title: str) -> "Figure":
     """Accuracy against k, close to dense and whole, with the ends of flat regions; means bold, seeds thin."""
-    figure, near, whole = _plot_accuracy(rows, title, lambda curve: curve.k[:, None])
+    figure, near, whole = _plot_accuracy(rows, title, lambda curve: curve.k[:, None], ())
     figure.draw_without_rendering()  # lays it out: then the axis knows how many labels it has room for
     stretch_k_axis(whole, [row.k_percent for row in rows])  # the panels share it
     pruned = "each layer" if {row.scope for row in rows} == {"layer"} else "all layers together"
     whole.set_xlabel(f"pruned: k % of {pruned} (axis stretched toward 100 %)")
     flat = {name: flat_until(curve, dense_accuracy(rows)) for name, curve in curves(rows).items()}
     ends = sorted((k, method) for method in ("weight", "unit") if (k := flat.get(NAMES[method])))
-    for (k, method), side, gap in zip(ends, ("right", "left"), (-3, 3), strict=False):  # their words point outward
-        tuned, style = flat.get(NAMES[method] + FINETUNED), {"color": COLORS[method]}
-        words = f"{NAMES[method]} flat to {digits(k)} %" + (f"\nfine-tuned: to {digits(tuned)} %" if tuned else "")
-        near.axvline(k, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0, **style)
-        near.annotate(words, (k, 1), (gap, 4), near.get_xaxis_transform(), "offset points", size=TEXT, ha=side, **style)
+    for (k, method), ha, dx in zip(ends, ("right", "left"), (-3, 3), strict=False):  # their words point outward
+        color, tuned = COLORS[method], flat.get(NAMES[method] + FINETUNED)
+        text = f"{NAMES[method]} flat to {digits(k)} %" + (f"\nfine-tuned: to {digits(tuned)} %" if tuned else "")
+        near.axvline(k, color=color, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
+        near.annotate(text, (k, 1), (dx, 4), near.get_xaxis_transform(), "offset points", color=color, size=TEXT, ha=ha)
     return figure
 
 
@@ -230,37 +231,41 @@ def plot_accuracy_weights(rows: Sequence[Row], title: str, published: Sequence[P
     return figure
 
 
-def _plot_accuracy(rows: Sequence[Row], title: str, x: Callable[[Curve], np.ndarray], published: Any = ()) -> Any:
+def _plot_accuracy(rows: Sequence[Row], title: str, x: Callable[[Curve], np.ndarray], published: Any) -> Any:
     """Every curve at its x, (points, seeds or 1), in two panels: close to dense, and the whole range."""
-    dense, found, seeds = dense_accuracy(rows), curves(rows), len({row.seed for row in rows})
+    dense, found, seeds = dense_accuracy(rows), curves(rows).items(), len({row.seed for row in rows})
     spread = "thin: each" if seeds <= MANY_SEEDS else "pale: lowest to highest"
     notes = [f"bold: mean, {spread} of {seeds} seeds"] if seeds > 1 else []
-    notes += ["gray: others' LeNet-300-100, which starts from 266,200 weights, ours from 2,386,000"] * bool(published)
+    if published:
+        notes.append("gray: others' LeNet-300-100, which starts from 266,200 weights, ours from 2,386,000")
     figure, (near, whole) = new_figure(2, 1, title, "; ".join(notes), sharex=True, height_ratios=(2, 3))
-    highest = max(dense, *(curve.values.max() for curve in found.values()), *(accuracy for *_, accuracy in published))
-    near.set(ylabel="close to dense: accuracy, %", ylim=(dense - NEAR_POINTS, highest + 0.25))
+    highest = max(dense, *(curve.values.max() for _, curve in found), *(accuracy for *_, accuracy in published))
+    near.set(ylabel="close to dense: accuracy, %", ylim=(dense - 2.5, highest + 0.25))
     whole.set(ylabel="whole range: accuracy, %", ylim=(0, 104))
-    close = {f"dense {dense:.2f} %": dense, f"{FLAT_POINTS} points below": dense - FLAT_POINTS}
-    for panel, levels in ((near, close), (whole, {"_dense": dense, f"chance {CHANCE:.0f} %": CHANCE})):
-        for name, curve in found.items():
-            random, tuned = curve.method.startswith("random"), name.endswith(FINETUNED)
-            dashes = (("-", "--"), (":", "-."))[random][tuned]
-            line: dict[str, Any] = {"color": COLORS[curve.method], "linestyle": dashes}
-            dots: dict[str, Any] = {"marker": MARKERS[curve.method], "markerfacecolor": "white" if tuned else None}
-            width, size = (1.2, 3.5) if random else (2, 5)
-            panel.plot(x(curve).mean(axis=1), curve.mean, label=name, linewidth=width, markersize=size, **line, **dots)
-            if seeds > MANY_SEEDS:
-                ends = curve.values.min(axis=1), curve.values.max(axis=1)
-                panel.fill_between(x(curve).mean(axis=1), *ends, color=line["color"], alpha=0.15, linewidth=0)
-            elif seeds > 1:
-                panel.plot(x(curve), curve.values, linewidth=0.7, alpha=0.5, **line)
+    gray: dict[str, Any] = {"color": "0.4", "linewidth": 0.6, "zorder": 0}
+    for panel, label, level in ((near, f"{FLAT_POINTS} points below", dense - FLAT_POINTS), (whole, "chance 10 %", 10)):
+        for name, curve in found:
+            _draw_curve(panel, name, curve, x(curve))
         for (name, weights, accuracy), marker in zip(published, "DPX*dph", strict=False):
             panel.plot(weights, accuracy, marker, label=name if panel is near else None, color="0.4", markersize=6)
         panel.axhspan(dense - FLAT_POINTS, dense, color="0.93", linewidth=0, zorder=0)
-        for name, level in levels.items():
-            panel.axhline(level, label=name, color="0.4", linewidth=0.6, zorder=0)
+        panel.axhline(dense, label=f"dense {dense:.2f} %" if panel is near else None, **gray)
+        panel.axhline(level, label=label, **gray)
         label_ends(panel)
     return figure, near, whole
+
+
+def _draw_curve(panel: "Axes", name: str, curve: Curve, x: np.ndarray) -> None:
+    """Draw the mean over x, (points, seeds or 1), with markers; a few seeds as thin lines, many as a band."""
+    plain, tuned, width, size = (":", "-.", 1.2, 3.5) if curve.method.startswith("random") else ("-", "--", 2, 5)
+    line: dict[str, Any] = {"color": COLORS[curve.method], "linestyle": tuned if curve.finetuned else plain}
+    dots: dict[str, Any] = {"marker": MARKERS[curve.method], "markerfacecolor": "white" if curve.finetuned else None}
+    panel.plot(x.mean(axis=1), curve.mean, label=name, linewidth=width, markersize=size, **line, **dots)
+    seeds, lowest, highest = curve.values.shape[1], curve.values.min(axis=1), curve.values.max(axis=1)
+    if seeds > MANY_SEEDS:
+        panel.fill_between(x.mean(axis=1), lowest, highest, color=line["color"], alpha=0.15, linewidth=0)
+    elif seeds > 1:
+        panel.plot(x, curve.values, linewidth=0.7, alpha=0.5, **line)
 
 
 def new_figure(rows: int, columns: int, title: str, note: str = "", **shared: Any) -> tuple["Figure", list["Axes"]]:
@@ -268,14 +273,14 @@ def new_figure(rows: int, columns: int, title: str, note: str = "", **shared: An
     from matplotlib.figure import Figure  # not pyplot: no window, no DISPLAY, no state between figures
 
     figure = Figure(figsize=(8, 6.6), layout="constrained")
-    for write, text, points in ((figure.suptitle, title, 10.5), (figure.supxlabel, note, 8.5)):
-        write(text.replace("$", r"\$"), x=0.01, ha="left", size=points, wrap=True)  # wrapping minds no parse_math=False
-    panels = list(np.ravel(figure.subplots(rows, columns, **shared)))
-    for panel in panels:
+    figure.suptitle(title.replace("$", r"\$"), x=0.01, ha="left", size=10.5, wrap=True)  # wrapped text is parsed for $
+    figure.supxlabel(note.replace("$", r"\$"), x=0.01, ha="left", size=8.5, wrap=True)
+    figure.subplots(rows, columns, **shared)
+    for panel in figure.axes:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25, linewidth=0.6)
         panel.tick_params(labelsize=TEXT)
-    return figure, panels
+    return figure, figure.axes
 
 
 def stretch_k_axis(axes: "Axes", ks: Sequence[float]) -> None:
@@ -311,8 +316,8 @@ def log_axis(axes: "Axes", which: str) -> None:
 
 def label_ends(axes: "Axes") -> None:
     """Label the lines of a finished panel in the margin to its right, at the height of their ends, without overlap."""
-    to_axes, lines = axes.transScale + axes.transLimits, list[Any](axes.get_lines())
-    ends = {line: to_axes.transform((1, line.get_ydata()[-1]))[1] for line in lines if line.get_label()[0] != "_"}
+    labelled, to_axes = list[Any](axes.get_legend_handles_labels()[0]), axes.transScale + axes.transLimits
+    ends = {line: to_axes.transform(line.get_xydata()[-1])[1] for line in labelled}
     lines = sorted((line for line in ends if 0 <= ends[line] <= 1), key=lambda line: ends[line])
     heights = np.array([ends[line] for line in lines])
     least = 13 / (axes.bbox.height / axes.figure.dpi * 72)  # between two lines of text
@@ -321,5 +326,5 @@ def label_ends(axes: "Axes") -> None:
         heights = np.clip(heights - [*push, 0] + [0, *push], least / 2, 1 - least / 2)
     for height, line in zip(heights, lines, strict=True):
         leader = {"arrowstyle": "-", "linestyle": ":", "color": line.get_color(), "relpos": (0, 0.5), "shrinkB": 4}
-        place = (line.get_xydata()[-1], (1.025, height), line.get_transform(), "axes fraction")
-        axes.annotate(line.get_label(), *place, color=line.get_color(), size=TEXT, va="center", arrowprops=leader)
+        at = line.get_xydata()[-1], (1.025, height), line.get_transform(), "axes fraction"
+        axes.annotate(line.get_label(), *at, color=line.get_color(), size=TEXT, va="center", arrowprops=leader)

@@ -40,7 +40,8 @@ def sweep(ks: list[float], seeds: int = 1, methods: tuple[str, ...] = ("weight",
 
 def curve(k: list[float], mean: list[float], kept: list[int] | None = None) -> Curve:
     weights = 100 - np.array(k) if kept is None else np.array(kept)
-    return Curve("unit", np.array(k, float), np.array(mean, float), np.array(mean, float)[:, None], weights[:, None])
+    accuracy = np.array(mean, float)
+    return Curve("unit", False, np.array(k, float), accuracy, accuracy[:, None], weights[:, None])
 
 
 def drawn(axes: Axes, label: str) -> np.ndarray:
