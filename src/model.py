@@ -1,16 +1,11 @@
 """The network of the exercise: a bias-free multilayer perceptron."""
 
-import hashlib
-import warnings
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Self
 
 import torch
 from torch import Tensor, nn
-
-from compress import load_compressed
 
 SIZES = (784, 1000, 1000, 500, 200, 10)
 
@@ -74,22 +69,3 @@ class NeuralNetwork(nn.Module):
         model = cls((shapes[0][1], *(out for out, _ in shapes))).to(state[names[0]].dtype)
         model.load_state_dict(state)
         return model
-
-
-def load_model(path: Path) -> NeuralNetwork:
-    """The network from 784 values to 10 that a model file holds, in fp32.
-
-    Raises: ValueError, OSError: it holds none. Warns: UserWarning: the JSON beside it names another checksum.
-    """
-    state, _ = load_compressed(path)
-    about, digest = path.with_suffix(".json"), hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-    if about.is_file() and digest not in about.read_text(errors="replace"):
-        warnings.warn(f"{about} does not describe {path}: one of them was damaged, or is of another run", stacklevel=2)
-    try:
-        model = NeuralNetwork.from_state_dict(state).float()
-        NeuralNetwork.from_state_dict(model.state_dict())  # finite in fp32, too
-        if (model.sizes[0], model.sizes[-1]) != (SIZES[0], SIZES[-1]):
-            raise ValueError(f"a network from {model.sizes[0]} to {model.sizes[-1]} values, not 784 to 10")
-        return model
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error

@@ -1,13 +1,10 @@
 """Train a network, prune copies of it at every k %, plot accuracy against sparsity: `python src/train.py`."""
 
 import copy
-import hashlib
-import io
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for python -m src.train, python -I and symbolic links
 
 import system
-from config import BATCH_SIZE, Config, changed, parse_config, without_effect
+from config import BATCH_SIZE, Config, changed, parse_config
 
 if __name__ == "__main__":  # before torch, whose import takes two seconds: a flag and Ctrl-C are answered at once
     system.begin_program()
@@ -26,13 +23,14 @@ from torch import nn
 from tqdm import tqdm
 
 import compress
+import files
 import prune
 import utils
 from costs import format_costs, measure_costs, plot_cost_sparsity
 from data import NOT_MNIST, Batches, Dataset, load
 from engine import Adam, Engine, gradual_masks, random_masks
-from model import SIZES, NeuralNetwork, load_model
-from system import say, warn, write_file
+from model import SIZES, NeuralNetwork
+from system import say, warn
 from utils import Row
 
 bar = partial(tqdm, leave=False, disable=None)  # None: only on a terminal
@@ -56,17 +54,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     ranks = int(os.environ.get("WORLD_SIZE") or 1) if os.environ.get("RANK") else 1  # torchrun's: they share the seeds
     seeds = range(config.seed, config.seed + config.seeds)
-    found = {seed: utils.read_progress(*progress(config, seed)) for seed in seeds}  # of a run that was stopped
+    found = {seed: files.read_progress(config, seed) for seed in seeds}  # of a run that was stopped
     for seed in seeds[int(os.environ.get("RANK") or 0) :: ranks]:
         if not found[seed]:
             torch.manual_seed(seed)
-            model = NeuralNetwork().to(device) if config.model is None else load_model(config.model).to(device)
+            model = NeuralNetwork().to(device) if config.model is None else files.load_model(config.model).to(device)
             if config.model is None:
                 train(model, dataset, config, seed)
             found[seed] = [row for method in config.methods for row in sweep(model, method, dataset, config, seed)]
-            utils.write_progress(*progress(config, seed), found[seed])
+            files.write_progress(config, seed, found[seed])
 
-    rows = [row for seed in seeds for row in found[seed] or utils.read_progress(*progress(config, seed))]
+    rows = [row for seed in seeds for row in found[seed] or files.read_progress(config, seed)]
     if len({row.seed for row in rows}) < config.seeds:
         say("some seeds are not done: the rank that ends last reports")
         return 0
@@ -88,7 +86,7 @@ def train(model: nn.Module, dataset: Dataset, config: Config, seed: int) -> None
         line = f"Epoch:{epoch}/{config.epochs}, Training Set Accuracy: {training:.2%}"
         say(f"Seed:{seed}, " * (config.seeds > 1) + f"{line}, {what} Set Accuracy: {testing:.2%}")
     if seed == config.seed:
-        save_model(model, config, {"training_percent": 100 * training, f"{what.lower()}_percent": 100 * testing})
+        files.save_model(model, config, {"training_percent": 100 * training, f"{what.lower()}_percent": 100 * testing})
 
 
 def finetune(model: nn.Module, method: str, k: float, dataset: Dataset, config: Config, seed: int) -> nn.Module:
@@ -148,10 +146,7 @@ def sweep(model: nn.Module, method: str, dataset: Dataset, config: Config, seed:
         kept = sum(int(weight.count_nonzero()) for weight in network.parameters())
         rows.append(Row(origin, method, config.scope, k, 100 * point.achieved, kept, accuracy, finetuned))
         if (method, k) in config.keep and seed == config.seed:
-            path, content = output(config, f"{method}_{k:.15g}.bin"), io.BytesIO()
-            compress.save_compressed(network, content, asdict(rows[-1]) | describe(config))
-            write_file(path, content.getvalue())
-            say(f"wrote {path}")
+            files.save_pruned(network, config, rows[-1])
     return rows
 
 
@@ -166,27 +161,27 @@ def pruning(config: Config) -> dict[str, Any]:
 def report(rows: list[Row], dataset: Dataset, config: Config) -> int:
     """CSV, table, facts and plots of all seeds, and the costs of the first network; returns the exit status."""
     say(f"{utils.format_table(rows)}\n{utils.format_facts(rows)}")
-    utils.write_csv(output(config, "accuracy_sparsity.csv"), rows)
+    utils.write_csv(files.output(config, "accuracy_sparsity.csv"), rows)
     text = title(dataset, config)
     published = utils.LENET_300_100 if config.finetune_epochs and dataset.name == "mnist" else ()  # retrained as well
     drawn = draw(config, "accuracy_sparsity", utils.plot_accuracy_sparsity, rows, text)
     drawn &= draw(config, "accuracy_weights", utils.plot_accuracy_weights, rows, text, published)
-    made = output(config, "model.bin") if config.model is None else config.model
+    made = files.output(config, "model.bin") if config.model is None else config.model
     if config.costs:
         own = [row for row in rows if row.seed == rows[0].seed and row.method in ("weight", "unit")]
-        model = load_model(made).to(dataset.test_images.device)
+        model = files.load_model(made).to(dataset.test_images.device)
         costs = measure_costs(model, own, dataset.test_images, **pruning(config))
-        utils.write_csv(output(config, "cost_sparsity.csv"), costs)
+        utils.write_csv(files.output(config, "cost_sparsity.csv"), costs)
         say(format_costs(costs))
         drawn &= draw(config, "cost_sparsity", plot_cost_sparsity, costs, text)
-    for path in result_files(config) if config.model is None and made.exists() else ():
+    for path in files.result_files(config) if config.model is None and made.exists() else ():
         if path.stat().st_mtime < made.stat().st_mtime:
             say(f"{path} is of an earlier network")
     if dataset.fallback_reason:
         say(f"{NOT_MNIST}\n{dataset.fallback_reason}")
     if drawn:  # else the same command goes on from here
         for seed in range(config.seed, config.seed + config.seeds):
-            progress(config, seed)[0].unlink(missing_ok=True)
+            files.progress_path(config, seed).unlink(missing_ok=True)
     return 0 if drawn else 1
 
 
@@ -195,7 +190,7 @@ def draw(config: Config, name: str, plot: Callable[..., Any], *arguments: Any) -
     try:
         figure = plot(*arguments)
         for suffix in filter(None, ("png", config.format)):
-            utils.save_figure(output(config, f"{name}.{suffix}"), figure)
+            utils.save_figure(files.output(config, f"{name}.{suffix}"), figure)
         return True
     except Exception as error:  # people's own settings of matplotlib fail in ways of their own
         warn(f"train.py: error: cannot draw {name}: {system.one_line(error)}")
@@ -233,57 +228,12 @@ def check_outputs(config: Config) -> None:
         probe = folder / f".{os.urandom(8).hex()}.tmp"
         system.write_file(probe, b"")
         probe.unlink()
-    for path in result_files(config):
+    for path in files.result_files(config):
         if path.exists() and not path.is_file():
             raise FileExistsError(f"{path} is in the way: a folder or device, not a file")
-    kept = [output(config, f"{method}_{k:.15g}.bin").resolve() for method, k in config.keep]
+    kept = [files.output(config, f"{method}_{k:.15g}.bin").resolve() for method, k in config.keep]
     if config.model is not None and config.model.resolve() in kept:
         raise FileExistsError(f"--keep would overwrite {config.model}, which --model reads: choose another --models")
-
-
-# ── files of a run ──
-
-
-def output(config: Config, name: str) -> Path:
-    """Where a run writes a file: networks and what describes them to one folder, numbers and plots to the other."""
-    prefix = f"{config.dataset}_{'holdout_' * config.holdout}"
-    if name.endswith((".bin", ".json")):
-        return config.models / f"{prefix}{name}"
-    return config.plots / (name if prefix == "mnist_" else f"{prefix}{name}")
-
-
-def result_files(config: Config) -> list[Path]:
-    """What in the output folders is named as a run's files are."""
-    names = ("model.bin", "model.json", "unit_*.bin", "weight_*.bin", "accuracy_*.*", "cost_*.*")
-    patterns = [output(config, name) for name in names]
-    return sorted(path for pattern in patterns for path in pattern.parent.glob(pattern.name))
-
-
-def describe(config: Config) -> dict[str, Any]:
-    """The settings and versions that the numbers of a seed depend on, as JSON holds them."""
-    others = {*without_effect(config), "inputs", "models", "plots", "format", "costs"}
-    settings = {name: value for name, value in asdict(config).items() if name not in others}
-    versions = system.describe_machine(torch.device(config.device))
-    return json.loads(json.dumps({"settings": settings, "versions": versions}, default=str))
-
-
-def save_model(model: nn.Module, config: Config, accuracy: dict[str, float]) -> None:
-    """Write the weights, then a JSON that says how they came about and names the MD5 of the file it describes."""
-    buffer, path = io.BytesIO(), output(config, "model.bin")
-    torch.save({name: weight.cpu() for name, weight in model.state_dict().items()}, buffer)
-    write_file(path, buffer.getvalue())
-    digest = hashlib.md5(buffer.getvalue(), usedforsecurity=False).hexdigest()
-    facts = {"md5": digest, "seed": config.seed, "accuracy": accuracy, **describe(config)}
-    write_file(path.with_suffix(".json"), f"{json.dumps(facts, indent=2)}\n".encode())
-    say(f"wrote {path}")
-
-
-def progress(config: Config, seed: int) -> tuple[Path, str]:
-    """Where the rows of a finished seed wait for the others, and what they depend on, of the first its model's file."""
-    made = config.model or output(config, "model.bin")
-    written = made.stat().st_mtime_ns if seed == config.seed and made.exists() else None
-    path = output(config, f"accuracy_sparsity_seed_{seed}.unfinished")
-    return path, json.dumps([config.seed, written, describe(config)])
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
 """Small functions: l2; rows of results, and what people read in them: facts, a table, a CSV file, the plots."""
 
 import csv
-import hashlib
 import io
-import json
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from system import say, warn, write_file
+from system import say, write_file
 
 if TYPE_CHECKING:  # matplotlib is imported where a plot is drawn: one that is broken costs the plots alone
     from matplotlib.axes import Axes
@@ -169,28 +167,6 @@ def write_csv(path: Path, rows: Sequence[Any]) -> None:
         write_file(rescued := Path(tempfile.mkdtemp(), path.name), data)
         raise OSError(f"{error}; the rows are in {rescued}") from error
     say(f"wrote {path}")
-
-
-def write_progress(path: Path, settings: str, rows: Sequence[Row]) -> None:
-    """Keep the rows of a finished seed, with a checksum of them and of the settings that they depend on."""
-    text = json.dumps([astuple(row) for row in rows])
-    checksum = hashlib.sha256((settings + text).encode()).hexdigest()
-    try:
-        write_file(path, f"{checksum}\n{text}".encode())
-    except OSError as error:  # the run has them in memory
-        warn(f"{error}: a stopped run would do this seed again")
-
-
-def read_progress(path: Path, settings: str) -> list[Row]:
-    """The rows that `write_progress` kept; none if there are none, or damaged ones, or for other settings."""
-    if not path.is_file():
-        return []
-    checksum, _, text = path.read_text(encoding="utf-8", errors="replace").partition("\n")
-    if checksum != hashlib.sha256((settings + text).encode()).hexdigest():
-        warn(f"{path} is damaged, or of other settings, versions or weights, and is not used")
-        return []
-    say(f"read {path}")
-    return [Row(*values) for values in json.loads(text)]
 
 
 def save_figure(path: Path, figure: "Figure") -> None:
