@@ -14,11 +14,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-ELEMENTWISE = (  # in eval mode
-    *(nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.Identity, nn.LeakyReLU),
-    *(nn.LogSigmoid, nn.Mish, nn.ReLU, nn.ReLU6, nn.SELU, nn.Sigmoid, nn.SiLU, nn.Softplus, nn.Softshrink),
-    *(nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold, nn.Dropout, nn.AlphaDropout),
-)
+ELEMENTWISE = (nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.Identity,
+    nn.LeakyReLU, nn.LogSigmoid, nn.Mish, nn.ReLU, nn.ReLU6, nn.SELU, nn.Sigmoid, nn.SiLU, nn.Softplus, nn.Softshrink,
+    nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold, nn.Dropout, nn.AlphaDropout)  # in eval mode  # fmt: skip
 SPARSE_DENSITY = 1 / 3  # measured on batches of 32 and more: sparse wins below 0.3 to 0.45, with AVX2 and with AVX-512
 UNPACKED = 2**30  # bytes that any file may unpack to
 PARTS, WIDTH = 4, 64  # 64 values of each of 1,000 features, 256 kB, stay in the cache of a core
@@ -47,13 +45,14 @@ def shrink(model: nn.Module) -> nn.Module:
     smaller, links = copy.deepcopy((model, _links(model)))  # one copy of both: the links are those of `smaller`
     with torch.no_grad():
         for modules, following in links:
-            constant = modules[0].weight.eq(0).all(1).cpu()  # (units,): no input reaches them
             zeros = torch.zeros(1, modules[0].in_features, dtype=torch.float64, device="cpu")  # which autocast spares
             sent = copy.deepcopy(modules).to("cpu", torch.float64).eval()(zeros)[0]  # (units,)
-            constant &= sent.eq(0) | (following.bias is not None)
-            if following.bias is not None:
-                moved = following.weight.cpu().double()[:, constant] @ sent[constant]
-                following.bias.copy_(following.bias.cpu().double() + moved)
+            constant = modules[0].weight.eq(0).all(1).cpu()  # (units,): no input reaches them
+            if following.bias is None:
+                constant &= sent.eq(0)
+            else:
+                moved = following.weight.cpu().double()[:, constant] @ sent[constant]  # (out,)
+                following.bias.copy_(following.bias.cpu() + moved)
             following.weight[:, constant] = 0
         for modules, following in reversed(links):  # backwards, as units that are not read feed none that stay
             read = following.weight.ne(0).any(0)  # (units,)
@@ -72,8 +71,7 @@ def shrink(model: nn.Module) -> nn.Module:
 
 def _links(model: nn.Module) -> list[tuple[Any, Any]]:
     """Each Linear layer of an MLP with what stands between it and the following one, and that one; or ValueError."""
-    cure = "Torch-Pruning (pip install torch-pruning) cuts convolutional, residual and attention networks"
-    cure += "; computed weights can be made permanent (torch.nn.utils.prune.remove)"
+    cure = "Torch-Pruning (on PyPI) cuts other networks; torch.nn.utils.prune.remove makes computed weights permanent"
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     names = {module: name for name, module in model.named_modules()}
@@ -143,14 +141,14 @@ class SparseLinear(nn.Linear):
 
     def __init__(self, layer: Any) -> None:
         nn.Module.__init__(self)
-        weight = layer.weight.detach()
-        self.out_features, self.in_features = weight.shape
+        self.out_features, self.in_features = layer.weight.shape
         self.register_parameter("bias", copy.deepcopy(layer.bias))
-        rows, columns = weight.nonzero(as_tuple=True)  # (nonzero,), row by row
-        counts, part = weight.count_nonzero(1), torch.arange(PARTS, device=weight.device).unsqueeze(1)
-        self.values = nn.Parameter(weight[rows, columns].repeat(PARTS, 1))  # (parts, nonzero)
+        rows, columns = layer.weight.nonzero(as_tuple=True)  # (nonzero,), row by row
+        starts = torch.searchsorted(rows, torch.arange(self.out_features, device=rows.device))  # (out,)
+        part = torch.arange(PARTS, device=rows.device).unsqueeze(1)
+        self.values = nn.Parameter(layer.weight.detach()[rows, columns].repeat(PARTS, 1))  # (parts, nonzero)
         self.columns = nn.Buffer((columns + self.in_features * part).int())  # (parts, nonzero)
-        self.starts = nn.Buffer((counts.cumsum(0) - counts + len(rows) * part).int())  # (parts, out)
+        self.starts = nn.Buffer((starts + len(rows) * part).int())  # (parts, out)
 
     def csr(self) -> Tensor:
         """(out_features, in_features), made at every call: torch cannot copy such tensors."""
@@ -178,10 +176,10 @@ class SparseLinear(nn.Linear):
             if isinstance(layer, SparseLinear):
                 if few:  # by a vector the product is faster still
                     blocks = (layer.csr() @ blocks.squeeze(1)).view(layer.out_features, -1)
-                else:  # the kernel sums weighted rows (0: sum), several times faster than a CSR product
+                else:  # the kernel sums weighted rows, several times faster than a CSR product
                     tables = layer.columns, layer.starts, layer.values
                     columns, starts, values = (table[:parts].flatten() for table in tables)
-                    blocks, *_ = torch.embedding_bag(blocks, columns, starts, False, 0, False, values)
+                    blocks = nn.functional.embedding_bag(columns, blocks, starts, mode="sum", per_sample_weights=values)
                 if layer.bias is not None:
                     blocks.view(parts, layer.out_features, -1).add_(layer.bias.unsqueeze(1))
             else:  # memory that is new costs more than the sums
@@ -221,9 +219,8 @@ def save_compressed(model_or_state_dict: Weights, path: str | Path | IO[bytes], 
         _read(content.getvalue(), float("inf"))
     except Exception:
         raise ValueError("only dense tensors by name and plain values (str, int, list, …) can be stored") from None
-    packed = gzip.compress(content.getbuffer(), 6, mtime=0)  # level 9 makes it 2 % smaller in eight times the time
     write = path.write if hasattr(path, "write") else Path(path).write_bytes
-    write(packed)
+    write(gzip.compress(content.getbuffer(), 6, mtime=0))  # level 9 makes it 2 % smaller in eight times the time
 
 
 def stored_bytes(model_or_state_dict: Weights) -> int:
@@ -266,11 +263,10 @@ def _read(content: bytes, limit: float) -> tuple[Values, Values]:
         if packed_again or any(b"bytearray\n" in archive.read(entry) for entry in entries):
             raise ValueError("a few of its bytes ask for any amount of memory")
     loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    state, info = (loaded["state_dict"], loaded["info"]) if "state_dict" in loaded else (loaded, {})
+    state, info = (loaded["state_dict"], {**loaded["info"]}) if "state_dict" in loaded else (loaded, {})
     tensors = [value for value in state.values() if isinstance(value, Tensor)]
-    on_cpu = all(tensor.is_cpu for tensor in tensors)  # not "meta", without values
-    if not on_cpu or sum(tensor.nbytes for tensor in tensors) > limit or not isinstance(info, dict):
-        raise ValueError("its tensors have no values, or are too large, as strides of 0 make them")
+    if not all(tensor.is_cpu for tensor in tensors) or sum(tensor.nbytes for tensor in tensors) > limit:
+        raise ValueError('on "meta" they have no values, and strides of 0 make them too large')
     return state, info
 
 

@@ -87,19 +87,19 @@ def format_costs(costs: Sequence[CostRow]) -> str:
 def plot_cost_sparsity(costs: Sequence[CostRow], title: str) -> Any:
     """A figure of four panels over k: accuracy, file size, the speed-up over dense, beside ms, at two batch sizes."""
     note = "bars: half the interquartile range of the latency to either side of its median"
-    figure, panels = new_figure(2, 2, title, note)
-    for panel in panels:
+    figure, (accuracy, file, *speeds) = new_figure(2, 2, title, note)
+    for panel in (accuracy, file, *speeds):
         stretch_k_axis(panel, [row.k_percent for row in costs])
         panel.set_xlabel("pruned: k %")
     for method in dict.fromkeys(row.method for row in costs):
         points = {row.k_percent: row for row in costs if row.method == method}
         style: dict[str, Any] = {"color": COLORS[method], "marker": MARKERS[method], "markersize": 5, "linewidth": 2}
-        panels[0].plot([*points], [row.accuracy_percent for row in points.values()], **style)
-        panels[1].plot([*points], [100 * row.stored_bytes / row.dense_bytes for row in points.values()], **style)
-    panels[0].set(ylabel="accuracy, %", ylim=(0, 104))
-    panels[1].set_ylabel(f"file, % of dense ({costs[0].dense_bytes / 1e6:.2f} MB)")
-    log_axis(panels[1], "y")
-    for panel, size in zip(panels[2:], sorted({row.batch_size for row in costs}), strict=True):
+        accuracy.plot([*points], [row.accuracy_percent for row in points.values()], **style)
+        file.plot([*points], [100 * row.stored_bytes / row.dense_bytes for row in points.values()], **style)
+    accuracy.set(ylabel="accuracy, %", ylim=(0, 104))
+    file.set_ylabel(f"file, % of dense ({costs[0].dense_bytes / 1e6:.2f} MB)")
+    log_axis(file, "y")
+    for panel, size in zip(speeds, sorted({row.batch_size for row in costs}), strict=True):
         dense, pays_from, words = break_even(costs, size)
         for method, form in dict.fromkeys((row.method, row.form) for row in costs):
             rows = [row for row in costs if (row.method, row.form, row.batch_size) == (method, form, size)]
@@ -118,5 +118,5 @@ def plot_cost_sparsity(costs: Sequence[CostRow], title: str) -> Any:
         milliseconds.set(ylim=[dense / speed for speed in panel.get_ylim()], ylabel="ms")
         milliseconds.spines["top"].set_visible(False)
         log_axis(milliseconds, "y")
-    panels[0].legend(*panels[2].get_legend_handles_labels(), loc="lower left", fontsize=9.5, frameon=False)
+    accuracy.legend(*speeds[0].get_legend_handles_labels(), loc="lower left", fontsize=9.5, frameon=False)
     return figure
