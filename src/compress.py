@@ -114,8 +114,8 @@ def to_sparse(model: nn.Module) -> nn.Module:
     SparseLinear(in_features=784, out_features=100, bias=True)
     """
     copies: dict[int, Any] = {}  # by the id of the original, as deepcopy keeps them: it takes ours for its own
-    for layer in model.modules():
-        weight = layer.get_parameter("weight") if _is_plain(layer, {nn.Linear}) else torch.empty(0, device="cpu")
+    for layer in filter(partial(_is_plain, classes={nn.Linear}), model.modules()):
+        weight = layer.get_parameter("weight")
         if weight.is_floating_point() and weight.count_nonzero() <= SPARSE_DENSITY * weight.numel() > 0:
             copies[id(layer)] = SparseLinear(layer)
     try:
@@ -173,17 +173,18 @@ class SparseLinear(nn.Linear):
         padded = nn.functional.pad(images, (0, 0, 0, padding)) if padding else images
         blocks = padded.unflatten(0, (parts, -1)).transpose(1, 2).contiguous().flatten(0, 1)  # (parts * in, width)
         for layer in (self, *following):
-            if isinstance(layer, SparseLinear):
-                if few:  # by a vector the product is faster still
-                    blocks = (layer.csr() @ blocks.squeeze(1)).view(layer.out_features, -1)
-                else:  # the kernel sums weighted rows, several times faster than a CSR product
-                    tables = layer.columns, layer.starts, layer.values
-                    columns, starts, values = (table[:parts].flatten() for table in tables)
-                    blocks = nn.functional.embedding_bag(columns, blocks, starts, mode="sum", per_sample_weights=values)
-                if layer.bias is not None:
-                    blocks.view(parts, layer.out_features, -1).add_(layer.bias.unsqueeze(1))
-            else:  # memory that is new costs more than the sums
-                blocks = blocks.relu_() if type(layer) is nn.ReLU else layer(blocks)
+            if type(layer) is nn.ReLU:  # memory that is new costs more than the sums
+                blocks.relu_()
+            elif not isinstance(layer, SparseLinear):
+                blocks = layer(blocks)
+            elif few:  # by a vector the product is faster still
+                blocks = (layer.csr() @ blocks.squeeze(1)).view(layer.out_features, -1)
+            else:  # the kernel sums weighted rows, several times faster than a CSR product
+                tables = layer.columns, layer.starts, layer.values
+                columns, starts, values = (table[:parts].flatten() for table in tables)
+                blocks = nn.functional.embedding_bag(columns, blocks, starts, mode="sum", per_sample_weights=values)
+            if isinstance(layer, SparseLinear) and layer.bias is not None:
+                blocks.view(parts, layer.out_features, -1).add_(layer.bias.unsqueeze(1))
         output = blocks.unflatten(0, (parts, -1)).transpose(1, 2).flatten(0, 1)[: len(images)]  # (B, out)
         if autocast and output.dtype != torch.float64:
             output = output.to(torch.get_autocast_dtype(input.device.type))
