@@ -76,7 +76,7 @@ def _links(model: nn.Module) -> list[tuple[Any, Any]]:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     names = {module: name for name, module in model.named_modules()}
     chain = list(dropwhile(lambda module: not [*module.parameters()], _chain(model)))  # a Flatten may come first
-    linear = [place for place, module in enumerate(chain) if isinstance(module, nn.Linear)]
+    linear = [index for index, module in enumerate(chain) if isinstance(module, nn.Linear)]
     for module in chain[: max(linear, default=len(chain)) + 1]:
         if not _is_plain(module, {nn.Linear, nn.Flatten, nn.BatchNorm1d, *ELEMENTWISE}):
             raise ValueError(f"{names.get(module) or 'this'} is a {type(module).__name__}, which cannot be cut: {cure}")
@@ -85,7 +85,7 @@ def _links(model: nn.Module) -> list[tuple[Any, Any]]:
         raise ValueError("layers share parameters: no unit of one can go without that of the other")
     if wrong := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
         raise ValueError(f"{wrong[0]} has NaN or infinite values: removing units could hide them")
-    return [(nn.Sequential(*chain[place:after]), chain[after]) for place, after in pairwise(linear)]
+    return [(nn.Sequential(*chain[start:end]), chain[end]) for start, end in pairwise(linear)]
 
 
 def _chain(model: Any) -> list[Any]:
@@ -124,7 +124,7 @@ def to_sparse(model: nn.Module) -> nn.Module:
         raise ValueError("make computed weights permanent first (torch.nn.utils.prune.remove)") from error
     for module in model.modules():
         chain = [leaf.eval() for leaf in _chain(module)]
-        if chain != [module] and any(isinstance(leaf, SparseLinear) for leaf in chain):
+        if any(isinstance(leaf, SparseLinear) and leaf is not module for leaf in chain):
             vars(module)["forward"] = partial(_forward_chain, chain)
         elif isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer):
             vars(module).update(activation_relu_or_gelu=0, use_nested_tensor=False)  # torch's fused one reads weights

@@ -1,4 +1,4 @@
-"""What pruned networks cost (`--costs`): file size and latency of each, as a table and as a figure."""
+"""Costs of pruned networks (`--costs`): file size and latency, measured, as a table and as a figure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ BUSY = 0.5  # of the median: where the quartiles lie further apart, something el
 
 @dataclass(frozen=True)
 class CostRow:
-    """What one pruned network costs in one form at one batch size: a line of cost_sparsity.csv."""
+    """Costs of one pruned network in one form at one batch size: a line of cost_sparsity.csv."""
 
     method: str
     k_percent: float
@@ -103,8 +103,8 @@ def plot_cost_sparsity(costs: Sequence[CostRow], title: str) -> Any:
         dense, pays_from, words = break_even(costs, size)
         for method, form in dict.fromkeys((row.method, row.form) for row in costs):
             rows = [row for row in costs if (row.method, row.form, row.batch_size) == (method, form, size)]
-            k, times = [row.k_percent for row in rows], np.array([row.latency_ms for row in rows])
-            half = np.minimum([row.latency_iqr_ms / 2 for row in rows], 0.9 * times)  # no bar ends at infinity
+            k, times, spreads = np.array([(row.k_percent, row.latency_ms, row.latency_iqr_ms) for row in rows]).T
+            half = np.minimum(spreads / 2, 0.9 * times)  # no bar ends at infinity
             color, width, dot = ("0.6", 1, 3) if form == "dense" else (COLORS[method], 2, 5)
             label = f"{NAMES[method]}, {form}" + " kernels" * (form != "shrunk")
             panel.plot(k, dense / times, MARKERS[method] + "-", c=color, linewidth=width, markersize=dot, label=label)
