@@ -14,11 +14,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-ELEMENTWISE = (  # in eval mode
-    *(nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.Identity, nn.LeakyReLU),
-    *(nn.LogSigmoid, nn.Mish, nn.ReLU, nn.ReLU6, nn.SELU, nn.Sigmoid, nn.SiLU, nn.Softplus, nn.Softshrink),
-    *(nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold, nn.Dropout, nn.AlphaDropout),
-)
+ELEMENTWISE = (nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.Identity,
+    nn.LeakyReLU, nn.LogSigmoid, nn.Mish, nn.ReLU, nn.ReLU6, nn.SELU, nn.Sigmoid, nn.SiLU, nn.Softplus, nn.Softshrink,
+    nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold, nn.Dropout, nn.AlphaDropout)  # in eval mode  # fmt: skip
 SPARSE_DENSITY = 1 / 3  # measured on batches of 32 and more: sparse wins below 0.3 to 0.45, with AVX2 and with AVX-512
 UNPACKED = 2**30  # bytes that any file may unpack to
 PARTS, WIDTH = 4, 64  # 64 values of each of 1,000 features, 256 kB, stay in the cache of a core
@@ -47,13 +45,14 @@ def shrink(model: nn.Module) -> nn.Module:
     smaller, links = copy.deepcopy((model, _links(model)))  # one copy of both: the links are those of `smaller`
     with torch.no_grad():
         for modules, following in links:
-            constant = modules[0].weight.eq(0).all(1).cpu()  # (units,): no input reaches them
             zeros = torch.zeros(1, modules[0].in_features, dtype=torch.float64, device="cpu")  # which autocast spares
             sent = copy.deepcopy(modules).to("cpu", torch.float64).eval()(zeros)[0]  # (units,)
-            constant &= sent.eq(0) | (following.bias is not None)
-            if following.bias is not None:
-                moved = following.weight.cpu().double()[:, constant] @ sent[constant]
-                following.bias.copy_(following.bias.cpu().double() + moved)
+            constant = modules[0].weight.eq(0).all(1).cpu()  # (units,): no input reaches them
+            if following.bias is None:
+                constant &= sent.eq(0)
+            else:
+                moved = following.weight.cpu().double()[:, constant] @ sent[constant]  # (out,)
+                following.bias.copy_(following.bias.cpu() + moved)
             following.weight[:, constant] = 0
         for modules, following in reversed(links):  # backwards, as units that are not read feed none that stay
             read = following.weight.ne(0).any(0)  # (units,)
@@ -72,13 +71,12 @@ def shrink(model: nn.Module) -> nn.Module:
 
 def _links(model: nn.Module) -> list[tuple[Any, Any]]:
     """Each Linear layer of an MLP with what stands between it and the following one, and that one; or ValueError."""
-    cure = "Torch-Pruning (pip install torch-pruning) cuts convolutional, residual and attention networks"
-    cure += "; computed weights can be made permanent (torch.nn.utils.prune.remove)"
+    cure = "Torch-Pruning (on PyPI) cuts other networks; torch.nn.utils.prune.remove makes computed weights permanent"
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     names = {module: name for name, module in model.named_modules()}
     chain = list(dropwhile(lambda module: not [*module.parameters()], _chain(model)))  # a Flatten may come first
-    linear = [place for place, module in enumerate(chain) if isinstance(module, nn.Linear)]
+    linear = [index for index, module in enumerate(chain) if isinstance(module, nn.Linear)]
     for module in chain[: max(linear, default=len(chain)) + 1]:
         if not _is_plain(module, {nn.Linear, nn.Flatten, nn.BatchNorm1d, *ELEMENTWISE}):
             raise ValueError(f"{names.get(module) or 'this'} is a {type(module).__name__}, which cannot be cut: {cure}")
@@ -87,7 +85,7 @@ def _links(model: nn.Module) -> list[tuple[Any, Any]]:
         raise ValueError("layers share parameters: no unit of one can go without that of the other")
     if wrong := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
         raise ValueError(f"{wrong[0]} has NaN or infinite values: removing units could hide them")
-    return [(nn.Sequential(*chain[place:after]), chain[after]) for place, after in pairwise(linear)]
+    return [(nn.Sequential(*chain[start:end]), chain[end]) for start, end in pairwise(linear)]
 
 
 def _chain(model: Any) -> list[Any]:
@@ -116,8 +114,8 @@ def to_sparse(model: nn.Module) -> nn.Module:
     SparseLinear(in_features=784, out_features=100, bias=True)
     """
     copies: dict[int, Any] = {}  # by the id of the original, as deepcopy keeps them: it takes ours for its own
-    for layer in model.modules():
-        weight = layer.get_parameter("weight") if _is_plain(layer, {nn.Linear}) else torch.empty(0, device="cpu")
+    for layer in filter(partial(_is_plain, classes={nn.Linear}), model.modules()):
+        weight = layer.get_parameter("weight")
         if weight.is_floating_point() and weight.count_nonzero() <= SPARSE_DENSITY * weight.numel() > 0:
             copies[id(layer)] = SparseLinear(layer)
     try:
@@ -126,7 +124,7 @@ def to_sparse(model: nn.Module) -> nn.Module:
         raise ValueError("make computed weights permanent first (torch.nn.utils.prune.remove)") from error
     for module in model.modules():
         chain = [leaf.eval() for leaf in _chain(module)]
-        if chain != [module] and any(isinstance(leaf, SparseLinear) for leaf in chain):
+        if any(isinstance(leaf, SparseLinear) and leaf is not module for leaf in chain):
             vars(module)["forward"] = partial(_forward_chain, chain)
         elif isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer):
             vars(module).update(activation_relu_or_gelu=0, use_nested_tensor=False)  # torch's fused one reads weights
@@ -143,14 +141,14 @@ class SparseLinear(nn.Linear):
 
     def __init__(self, layer: Any) -> None:
         nn.Module.__init__(self)
-        weight = layer.weight.detach()
-        self.out_features, self.in_features = weight.shape
+        self.out_features, self.in_features = layer.weight.shape
         self.register_parameter("bias", copy.deepcopy(layer.bias))
-        rows, columns = weight.nonzero(as_tuple=True)  # (nonzero,), row by row
-        counts, part = weight.count_nonzero(1), torch.arange(PARTS, device=weight.device).unsqueeze(1)
-        self.values = nn.Parameter(weight[rows, columns].repeat(PARTS, 1))  # (parts, nonzero)
+        rows, columns = layer.weight.nonzero(as_tuple=True)  # (nonzero,), row by row
+        starts = torch.searchsorted(rows, torch.arange(self.out_features, device=rows.device))  # (out,)
+        part = torch.arange(PARTS, device=rows.device).unsqueeze(1)
+        self.values = nn.Parameter(layer.weight.detach()[rows, columns].repeat(PARTS, 1))  # (parts, nonzero)
         self.columns = nn.Buffer((columns + self.in_features * part).int())  # (parts, nonzero)
-        self.starts = nn.Buffer((counts.cumsum(0) - counts + len(rows) * part).int())  # (parts, out)
+        self.starts = nn.Buffer((starts + len(rows) * part).int())  # (parts, out)
 
     def csr(self) -> Tensor:
         """(out_features, in_features), made at every call: torch cannot copy such tensors."""
@@ -175,17 +173,18 @@ class SparseLinear(nn.Linear):
         padded = nn.functional.pad(images, (0, 0, 0, padding)) if padding else images
         blocks = padded.unflatten(0, (parts, -1)).transpose(1, 2).contiguous().flatten(0, 1)  # (parts * in, width)
         for layer in (self, *following):
-            if isinstance(layer, SparseLinear):
-                if few:  # by a vector the product is faster still
-                    blocks = (layer.csr() @ blocks.squeeze(1)).view(layer.out_features, -1)
-                else:  # the kernel sums weighted rows (0: sum), several times faster than a CSR product
-                    tables = layer.columns, layer.starts, layer.values
-                    columns, starts, values = (table[:parts].flatten() for table in tables)
-                    blocks, *_ = torch.embedding_bag(blocks, columns, starts, False, 0, False, values)
-                if layer.bias is not None:
-                    blocks.view(parts, layer.out_features, -1).add_(layer.bias.unsqueeze(1))
-            else:  # memory that is new costs more than the sums
-                blocks = blocks.relu_() if type(layer) is nn.ReLU else layer(blocks)
+            if type(layer) is nn.ReLU:  # memory that is new costs more than the sums
+                blocks.relu_()
+            elif not isinstance(layer, SparseLinear):
+                blocks = layer(blocks)
+            elif few:  # by a vector the product is faster still
+                blocks = (layer.csr() @ blocks.squeeze(1)).view(layer.out_features, -1)
+            else:  # the kernel sums weighted rows, several times faster than a CSR product
+                tables = layer.columns, layer.starts, layer.values
+                columns, starts, values = (table[:parts].flatten() for table in tables)
+                blocks = nn.functional.embedding_bag(columns, blocks, starts, mode="sum", per_sample_weights=values)
+            if isinstance(layer, SparseLinear) and layer.bias is not None:
+                blocks.view(parts, layer.out_features, -1).add_(layer.bias.unsqueeze(1))
         output = blocks.unflatten(0, (parts, -1)).transpose(1, 2).flatten(0, 1)[: len(images)]  # (B, out)
         if autocast and output.dtype != torch.float64:
             output = output.to(torch.get_autocast_dtype(input.device.type))
@@ -221,9 +220,8 @@ def save_compressed(model_or_state_dict: Weights, path: str | Path | IO[bytes], 
         _read(content.getvalue(), float("inf"))
     except Exception:
         raise ValueError("only dense tensors by name and plain values (str, int, list, …) can be stored") from None
-    packed = gzip.compress(content.getbuffer(), 6, mtime=0)  # level 9 makes it 2 % smaller in eight times the time
     write = path.write if hasattr(path, "write") else Path(path).write_bytes
-    write(packed)
+    write(gzip.compress(content.getbuffer(), 6, mtime=0))  # level 9 makes it 2 % smaller in eight times the time
 
 
 def stored_bytes(model_or_state_dict: Weights) -> int:
@@ -266,11 +264,10 @@ def _read(content: bytes, limit: float) -> tuple[Values, Values]:
         if packed_again or any(b"bytearray\n" in archive.read(entry) for entry in entries):
             raise ValueError("a few of its bytes ask for any amount of memory")
     loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    state, info = (loaded["state_dict"], loaded["info"]) if "state_dict" in loaded else (loaded, {})
+    state, info = (loaded["state_dict"], {**loaded["info"]}) if "state_dict" in loaded else (loaded, {})
     tensors = [value for value in state.values() if isinstance(value, Tensor)]
-    on_cpu = all(tensor.is_cpu for tensor in tensors)  # not "meta", without values
-    if not on_cpu or sum(tensor.nbytes for tensor in tensors) > limit or not isinstance(info, dict):
-        raise ValueError("its tensors have no values, or are too large, as strides of 0 make them")
+    if not all(tensor.is_cpu for tensor in tensors) or sum(tensor.nbytes for tensor in tensors) > limit:
+        raise ValueError('on "meta" they have no values, and strides of 0 make them too large')
     return state, info
 
 

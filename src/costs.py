@@ -1,4 +1,4 @@
-"""What pruned networks cost (`--costs`): file size and latency of each, as a table and as a figure."""
+"""Costs of pruned networks (`--costs`): file size and latency, measured, as a table and as a figure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ BUSY = 0.5  # of the median: where the quartiles lie further apart, something el
 
 @dataclass(frozen=True)
 class CostRow:
-    """What one pruned network costs in one form at one batch size: a line of cost_sparsity.csv."""
+    """Costs of one pruned network in one form at one batch size: a line of cost_sparsity.csv."""
 
     method: str
     k_percent: float
@@ -87,24 +87,24 @@ def format_costs(costs: Sequence[CostRow]) -> str:
 def plot_cost_sparsity(costs: Sequence[CostRow], title: str) -> Any:
     """A figure of four panels over k: accuracy, file size, the speed-up over dense, beside ms, at two batch sizes."""
     note = "bars: half the interquartile range of the latency to either side of its median"
-    figure, panels = new_figure(2, 2, title, note)
-    for panel in panels:
+    figure, (accuracy, file, *speeds) = new_figure(2, 2, title, note)
+    for panel in (accuracy, file, *speeds):
         stretch_k_axis(panel, [row.k_percent for row in costs])
         panel.set_xlabel("pruned: k %")
     for method in dict.fromkeys(row.method for row in costs):
         points = {row.k_percent: row for row in costs if row.method == method}
         style: dict[str, Any] = {"color": COLORS[method], "marker": MARKERS[method], "markersize": 5, "linewidth": 2}
-        panels[0].plot([*points], [row.accuracy_percent for row in points.values()], **style)
-        panels[1].plot([*points], [100 * row.stored_bytes / row.dense_bytes for row in points.values()], **style)
-    panels[0].set(ylabel="accuracy, %", ylim=(0, 104))
-    panels[1].set_ylabel(f"file, % of dense ({costs[0].dense_bytes / 1e6:.2f} MB)")
-    log_axis(panels[1], "y")
-    for panel, size in zip(panels[2:], sorted({row.batch_size for row in costs}), strict=True):
+        accuracy.plot([*points], [row.accuracy_percent for row in points.values()], **style)
+        file.plot([*points], [100 * row.stored_bytes / row.dense_bytes for row in points.values()], **style)
+    accuracy.set(ylabel="accuracy, %", ylim=(0, 104))
+    file.set_ylabel(f"file, % of dense ({costs[0].dense_bytes / 1e6:.2f} MB)")
+    log_axis(file, "y")
+    for panel, size in zip(speeds, sorted({row.batch_size for row in costs}), strict=True):
         dense, pays_from, words = break_even(costs, size)
         for method, form in dict.fromkeys((row.method, row.form) for row in costs):
             rows = [row for row in costs if (row.method, row.form, row.batch_size) == (method, form, size)]
-            k, times = [row.k_percent for row in rows], np.array([row.latency_ms for row in rows])
-            half = np.minimum([row.latency_iqr_ms / 2 for row in rows], 0.9 * times)  # no bar ends at infinity
+            k, times, spreads = np.array([(row.k_percent, row.latency_ms, row.latency_iqr_ms) for row in rows]).T
+            half = np.minimum(spreads / 2, 0.9 * times)  # no bar ends at infinity
             color, width, dot = ("0.6", 1, 3) if form == "dense" else (COLORS[method], 2, 5)
             label = f"{NAMES[method]}, {form}" + " kernels" * (form != "shrunk")
             panel.plot(k, dense / times, MARKERS[method] + "-", c=color, linewidth=width, markersize=dot, label=label)
@@ -118,5 +118,5 @@ def plot_cost_sparsity(costs: Sequence[CostRow], title: str) -> Any:
         milliseconds.set(ylim=[dense / speed for speed in panel.get_ylim()], ylabel="ms")
         milliseconds.spines["top"].set_visible(False)
         log_axis(milliseconds, "y")
-    panels[0].legend(*panels[2].get_legend_handles_labels(), loc="lower left", fontsize=9.5, frameon=False)
+    accuracy.legend(*speeds[0].get_legend_handles_labels(), loc="lower left", fontsize=9.5, frameon=False)
     return figure
