@@ -13,7 +13,7 @@ import torch
 from timing import ROOT, alternate, make_parser, print_machine, print_table, spread
 
 import data  # src/ is on the path since timing
-from system import pick_device, pick_precision
+from engine import pick_device, pick_precision
 
 # Runs a script up to its first backward pass, of which either has one a step.
 FIRST_STEP = """

@@ -2,7 +2,9 @@
 
 import inspect
 import itertools
+import os
 import random
+import timeit
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
@@ -144,6 +146,30 @@ def gradual_masks(model: nn.Module, method: str, sparsity: float, steps: int, **
     """
     for step in range(steps):
         yield find_masks(model, method, sparsity * (1 - max(0.0, 1 - step / (0.7 * steps)) ** 3), **choice)
+
+
+def pick_device(name: str) -> torch.device:
+    """Choose the device for "auto", "cpu" or "cuda"; ValueError for "cuda" where there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device here; --device cpu runs everywhere")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0) % torch.cuda.device_count())
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """Choose the type of the training passes: "bf16", "fp32", or "auto", bf16 where it multiplies clearly faster."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        matrix = torch.ones(1000, 1000, dtype=dtype, device="cpu")
+        return min(timeit.repeat(lambda: matrix[:512] @ matrix, number=1, repeat=10))
+
+    if name == "auto" and device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    # Without the instructions a product takes a second. With them it may be slower, so it is tried.
+    native = any(getattr(torch.cpu, probe, bool)() for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    faster = name == "auto" and native and 1.3 * seconds(torch.bfloat16) < seconds(torch.float32)
+    return torch.bfloat16 if name == "bf16" or faster else torch.float32
 
 
 class Adam(torch.optim.Adam):

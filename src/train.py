@@ -28,7 +28,7 @@ import prune
 import utils
 from costs import format_costs, measure_costs, plot_cost_sparsity
 from data import NOT_MNIST, Batches, Dataset, load
-from engine import Adam, Engine, gradual_masks, random_masks
+from engine import Adam, Engine, gradual_masks, pick_device, pick_precision, random_masks
 from model import SIZES, NeuralNetwork
 from system import say, warn
 from utils import Row
@@ -44,9 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         OSError, ValueError, FloatingPointError: the job cannot be done.
     """
     config = parse_config(argv)
-    device = system.pick_device(config.device)
+    device = pick_device(config.device)
     dataset = load(config.dataset, config.inputs, holdout=config.holdout, device=device)
-    precision = str(system.pick_precision(config.precision, device)).removeprefix("torch.")
+    precision = str(pick_precision(config.precision, device)).removeprefix("torch.")
     batch_size = config.batch_size or BATCH_SIZE[dataset.name]
     config = replace(config, dataset=dataset.name, device=device.type, precision=precision, batch_size=batch_size)
     check_outputs(config)

@@ -10,7 +10,7 @@ from conftest import ROOT
 from torch import nn
 
 import prune
-from engine import Adam, Engine
+from engine import Adam, Engine, pick_device, pick_precision
 from model import NeuralNetwork
 
 
@@ -259,6 +259,35 @@ def test_what_is_missing_or_does_not_fit_is_named():
         Engine(model, precision="bf16")
     with pytest.raises(ValueError, match="needs an optimizer"):
         Engine(model).train_epoch(some_batches(8))
+
+
+def test_devices_and_precisions(monkeypatch):
+    cpu = torch.device("cpu")
+    assert pick_device("cpu") == cpu
+    assert pick_precision("fp32", cpu) == torch.float32
+    assert pick_precision("bf16", cpu) == torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto") == cpu
+    with pytest.raises(ValueError, match="--device cuda"):
+        pick_device("cuda")
+
+
+def test_auto_is_bf16_where_it_is_clearly_faster(monkeypatch):
+    """The instructions alone do not tell: there are processors that have them and are slower with them."""
+    cpu = torch.device("cpu")
+    for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, probe, lambda: True, raising=False)
+    for ratio, expected in ((0.5, torch.float32), (1.2, torch.float32), (1.5, torch.bfloat16)):
+        times = [[1.0], [ratio]]  # of a product in bf16, then in fp32
+        monkeypatch.setattr("timeit.repeat", lambda *_, times=times, **__: times.pop(0))
+        assert pick_precision("auto", cpu) == expected
+    for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, probe, lambda: False, raising=False)
+    assert pick_precision("auto", cpu) == torch.float32  # emulated: not even tried, for it may take seconds
+    for native in (True, False):  # a GPU that emulates it trains in fp32
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
+        expected = torch.bfloat16 if native else torch.float32
+        assert pick_precision("auto", torch.device("cuda")) == expected
 
 
 def test_examples():

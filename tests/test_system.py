@@ -308,35 +308,6 @@ def test_a_signal_ends_it_with_its_status_where_nobody_can_read_the_line(stderr)
 # ── machine ──
 
 
-def test_devices_and_precisions(monkeypatch):
-    cpu = torch.device("cpu")
-    assert system.pick_device("cpu") == cpu
-    assert system.pick_precision("fp32", cpu) == torch.float32
-    assert system.pick_precision("bf16", cpu) == torch.bfloat16
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert system.pick_device("auto") == cpu
-    with pytest.raises(ValueError, match="--device cuda"):
-        system.pick_device("cuda")
-
-
-def test_auto_is_bf16_where_it_is_clearly_faster(monkeypatch):
-    """The instructions alone do not tell: there are processors that have them and are slower with them."""
-    cpu = torch.device("cpu")
-    for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, probe, lambda: True, raising=False)
-    for ratio, expected in ((0.5, torch.float32), (1.2, torch.float32), (1.5, torch.bfloat16)):
-        times = [[1.0], [ratio]]  # of a product in bf16, then in fp32
-        monkeypatch.setattr("timeit.repeat", lambda *_, times=times, **__: times.pop(0))
-        assert system.pick_precision("auto", cpu) == expected
-    for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, probe, lambda: False, raising=False)
-    assert system.pick_precision("auto", cpu) == torch.float32  # emulated: not even tried, for it may take seconds
-    for native in (True, False):  # a GPU that emulates it trains in fp32
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
-        expected = torch.bfloat16 if native else torch.float32
-        assert system.pick_precision("auto", torch.device("cuda")) == expected
-
-
 def test_the_machine_is_described_in_plain_values():
     machine = system.describe_machine(torch.device("cpu"))
     assert list(machine) == ["python", "torch", "numpy", "hardware", "threads"]

@@ -20,13 +20,14 @@ import compress
 import costs
 import data
 import engine
+import files
 import model
 import prune
 import system
 import utils
 from config import Config, parse_config
 from costs import CostRow
-from engine import Adam, Engine, gradual_masks, random_masks
+from engine import Adam, Engine, gradual_masks, pick_device, pick_precision, random_masks
 from model import NeuralNetwork
 from utils import Row
 
@@ -75,7 +76,7 @@ COSTS: list[Any] = [
 # What main alone hands on is of the right type, if of any value: Python's AttributeError will do for the rest.
 TYPED = {
     *("rows", "costs", "curve", "dense", "title", "column", "figure", "logits", "targets", "batches", "batch", "score"),
-    *("retrain", "published", "device", "steps", "seed", "data", "prune_output", "limit", "settings"),
+    *("retrain", "published", "device", "steps", "seed", "data", "prune_output", "limit"),
 }  # fmt: skip
 ANYTHING = [*SCALARS, *OTHERS, *TENSORS, *MODELS, *MASKS]
 LIKELY: dict[str, list[Any]] = {  # by the name of the argument
@@ -84,7 +85,6 @@ LIKELY: dict[str, list[Any]] = {  # by the name of the argument
     "score": [lambda model: 1.0, lambda model: None, 3], "dim": [0, 1, -1], "generator": [torch.Generator(), None],
     "only": [None, ("0.weight",), ("fc1.*",)], "prune_output": [True, False], "limit": [None, 10**6],
     "steps": [0, 4], "seed": [0, 1], "published": [(), utils.LENET_300_100], "data": [b"", b"data"],
-    "settings": ["settings"],
     "folder": [Path("folder")], "error": [ValueError("\x1b[31m")], "name": ["auto", "cpu", "bf16"],
     "model_or_state_dict": [*MODELS, *(each.state_dict() for each in MODELS[:4])], "straight_through": [True, False],
     "retrain": [lambda model, masks: None, None, 3], "sizes": [(4, 3, 2), (1, 1), [2, 2, 2]], "batches": BATCHES,
@@ -162,23 +162,22 @@ def parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
 
 MODULES = (prune, compress, data, model, utils, costs, system)
 FUNCTIONS: list[Callable[..., Any]] = [
-    *(function for module in MODULES for function in public(module)), NeuralNetwork.from_state_dict, *METHODS,
+    *(function for module in MODULES for function in public(module)), NeuralNetwork.from_state_dict,
+    *METHODS, pick_device, pick_precision, files.load_model,
 ]  # fmt: skip
-assert set(public(engine)) == {Adam, Engine, random_masks, gradual_masks}  # the first is torch's
+assert set(public(engine)) == {
+    Adam,
+    Engine,
+    random_masks,
+    gradual_masks,
+    pick_device,
+    pick_precision,
+}  # the first is torch's
 SLOW = {"plot": 0.1, "measure": 0.1, "precision": 0.1, "machine": 0.1, "latency": 0.3}
 WEIGHTS = [next((rate for word, rate in SLOW.items() if word in each.__name__), 1) for each in FUNCTIONS]
 PARAMETERS = {function: parameters(function) for function in FUNCTIONS}
 TORCHS = (compress.latency, costs.measure_costs, prune.recalibrate, utils.l2)
-SMALL = (
-    utils.l2,
-    utils.write_csv,
-    utils.write_progress,
-    utils.read_progress,
-    model.load_model,
-    utils.save_figure,
-    compress.to_sparse,
-    prune.recalibrate,
-)
+SMALL = (utils.l2, utils.write_csv, utils.save_figure, files.load_model, compress.to_sparse, prune.recalibrate)
 THEIRS = {  # what torch says to a batch that does not fit the model, the system of files that are not there, …
     **{function: {"RuntimeError", "IndexError", "AttributeError"} for function in TORCHS},
     **{function: {"RuntimeError", "IndexError", "AttributeError", "OSError"} for function in SMALL},

@@ -21,7 +21,7 @@ import pytest
 from conftest import ROOT
 from runs import Run, flags_for
 
-from model import load_model
+from files import load_model
 
 SEEDS = 3
 FLAGS = (

@@ -29,7 +29,8 @@ import system
 import train
 import utils
 from compress import load_compressed, save_compressed
-from model import NeuralNetwork, load_model
+from files import load_model
+from model import NeuralNetwork
 
 CSV = "p/digits_accuracy_sparsity.csv"
 
