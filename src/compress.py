@@ -71,7 +71,7 @@ def shrink(model: nn.Module) -> nn.Module:
 
 def _links(model: nn.Module) -> list[tuple[Any, Any]]:
     """Each Linear layer of an MLP with what stands between it and the following one, and that one; or ValueError."""
-    cure = "Torch-Pruning (on PyPI) cuts other networks; torch.nn.utils.prune.remove makes computed weights permanent"
+    cure = "Torch-Pruning (pip install torch-pruning) cuts others; torch.nn.utils.prune.remove makes weights permanent"
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     names = {module: name for name, module in model.named_modules()}
@@ -238,7 +238,7 @@ def load_compressed(path: str | Path) -> tuple[Values, Values]:
     """Load the state_dict, on the CPU, and `info` from a file of `save_compressed` or a state_dict of torch.save.
 
     Checksums are verified, nothing in the file is executed, and it may unpack to 1 GiB or to 128 times its size: 99 %
-    of zeros make 80, a hostile file as much as 1,032. Raises: ValueError: it is damaged, foreign, or asks for more.
+    of zeros make 80, a hostile file 1,032. Raises: OSError; ValueError: it is damaged, foreign, or asks for more.
     """
     if Path(path).exists() and not Path(path).is_file():  # a FIFO would wait for a writer
         raise ValueError(f"{str(path)!r} is no regular file")
