@@ -328,12 +328,12 @@ def _matrices(model: nn.Module) -> list[_Weight]:
     lists = (nn.ParameterList, nn.ParameterDict)  # they make no difference to what other modules use
     for name, module in sorted(_modules(model), key=lambda named: isinstance(named[1], lists)):
         layer_dim = next((LAYERS[parent] for parent in type(module).__mro__ if parent in LAYERS), None)
-        parameters = dict(module._parameters)
-        if layer_dim is not None:  # what is computed from other parameters, too
-            parameters |= {key: getattr(module, key, None) for key in ("weight", "bias")}
-        for key, parameter in parameters.items():
+        own, computed = module._parameters, {}
+        if layer_dim is not None:  # a weight or bias may be computed from other parameters
+            computed = {key: getattr(module, key, None) for key in ("weight", "bias") if key not in own}
+        for key, parameter in (own | computed).items():
             if parameter is not None and not (isinstance(module, lists) and id(parameter) in found):
-                dim = layer_dim if key == "weight" or key not in module._parameters else None
+                dim = layer_dim if key == "weight" or key in computed else None
                 weight = found.setdefault(id(parameter), _Weight(parameter, module, dim))
                 weight.dim = dim if weight.dim == dim else None
                 weight.names.append(f"{name}.{key}".lstrip("."))
@@ -463,8 +463,8 @@ def _scored(weight: _Weight, method: str, generator: torch.Generator) -> Tensor:
 def _select(ranked: Mapping[str, Tensor], sparsity: float, magnitude: bool = False) -> list[Tensor]:
     """Masks that prune exactly round(sparsity * n) of n scores: the lowest, of equal ones the earlier first.
 
-    The last to prune most likely lies between two of a sample: all are compared with these, the few between are sorted.
-    NumPy does so on the CPU, several times faster than torch, a block at a time.
+    They rank by score, then by position, so that no two are equal. The last to prune most likely lies between two of a
+    sample: all are compared with these, the few between are sorted. NumPy is several times faster here than torch.
     Source: Floyd and Rivest, "Expected Time Bounds for Selection" (1975).
     """
     masks = {name: torch.empty(scores.shape, dtype=torch.bool, device="cpu") for name, scores in ranked.items()}
@@ -481,7 +481,7 @@ def _select(ranked: Mapping[str, Tensor], sparsity: float, magnitude: bool = Fal
             start += len(part)
     sample = np.abs(np.concatenate(samples)) if magnitude else np.concatenate(samples)
     ordered, share = np.sort(sample), stay / max(total, 1)
-    gone = (1 - share) * len(sample)
+    gone = (1 - share) * len(sample)  # as many of the sample, more or less
     margin = 2.5 * math.sqrt(share * gone) + 1  # 2.5 standard deviations
     while True:
         low, high = (_bound(sample, ordered, math.ceil(gone + side) - 1, step) for side in (-margin, margin))
