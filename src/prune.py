@@ -26,11 +26,11 @@ BLOCK = 2**17  # scores to compare at a time: they fit into the cache
 
 def _unit_norm(weight: Tensor, relative: bool = False) -> Tensor:
     """L2 norm of each unit: (units, …) → (units,), in fp64; or relative to the layer's largest, for global scope."""
-    rows = weight.unsqueeze(-1).flatten(1)
+    rows = weight.unsqueeze(-1).flatten(1)  # (units, weights of one)
+    dtype = torch.promote_types(rows.dtype, torch.float32)
     blocks = rows.split(max(BLOCK // max(rows.shape[1], 1), 1))  # torch converts half precision
-    how: Any = {"dim": 1, "dtype": torch.promote_types(rows.dtype, torch.float32)}
-    norm = torch.cat([torch.linalg.vector_norm(block, **how) for block in blocks]).double()
-    unsafe = ~((norm > 1e-12) & (norm < 1e18))  # squares may have vanished or overflowed
+    norm = torch.cat([torch.linalg.vector_norm(block, dim=1, dtype=dtype) for block in blocks]).double()
+    unsafe = (norm < 1e-12) | (norm > 1e18)  # squares may have vanished or overflowed
     if rows.numel() and unsafe.any():
         unsafe &= (rows.amax(1) > 0) | (rows.amin(1) < 0)  # zeros are safe
         norm[unsafe] = norm.new_tensor([math.hypot(*unit) for unit in rows[unsafe].tolist()])
@@ -48,9 +48,7 @@ def _random_weight(weight: Tensor, generator: torch.Generator) -> Tensor:
 # are pruned first: of weight's shape or (units,). If its name begins with "random", it also gets a torch.Generator.
 METHODS: dict[str, Callable[..., Tensor]] = {
     "weight": torch.abs,
-    "unit": lambda weight: _unit_norm(
-        weight, relative=True
-    ),  # by raw norms, or over their mean, layers are soon emptied
+    "unit": lambda weight: _unit_norm(weight, relative=True),  # by raw norms, or over their mean, layers soon empty
     "random_weight": _random_weight,
     "random_unit": lambda weight, generator: _random_weight(weight.flatten(1).any(1), generator),
 }
@@ -91,12 +89,10 @@ def unit_mask(weight: Tensor, sparsity: float, dim: int = 0) -> Tensor:
     weight = _checked("weight", weight)
     if isinstance(dim, bool) or not isinstance(dim, int | np.integer) or not -weight.dim() <= dim < weight.dim():
         raise ValueError(f"dim must be an integer, one of weight's {weight.dim()} dimensions, got {dim!r}")
-    units = weight.transpose(0, int(dim))
-    norm = _unit_norm(units)
+    norm = _unit_norm(weight.transpose(0, dim))
     _checked("weight", weight, finite=not norm.isfinite().all())
     (keep,) = _select({"weight": norm}, _fraction(sparsity))
-    mask = keep.view(-1, *[1] * (weight.dim() - 1)).expand_as(units)
-    return mask.transpose(0, int(dim)).contiguous()
+    return keep.expand_as(weight.transpose(dim, -1)).transpose(dim, -1).contiguous()
 
 
 def find_masks(
@@ -242,9 +238,8 @@ def sweep(
     >>> [point.achieved for point in sweep(model, "weight", [0.25, 0.75], score=lambda pruned: 0.0)]
     [0.25, 0.75]
     """
-    if not (isinstance(sparsities, Iterable) and callable(score) and callable(retrain or score)):
-        got = f"{sparsities!r}, {score!r} and {retrain!r}"
-        raise TypeError(f"sparsities must be several numbers in [0, 1], score and retrain must be functions, got {got}")
+    if not (callable(score) and callable(retrain or score)):
+        raise TypeError(f"score and retrain must be functions, got {score!r} and {retrain!r}")
     points, seed = [], None
     if isinstance(generator, torch.Generator):
         seed = int(torch.randint(2**62, (), generator=generator.clone_state(), device=generator.device))
@@ -274,8 +269,9 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     tensor([1., 1.])
     """
     trial, count = copy.deepcopy(model).eval(), 0
-    norms: list[Any] = [norm for norm in trial.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
-    for norm in (norm for norm in norms if norm.track_running_stats):
+    pairs = zip(model.modules(), trial.modules(), strict=True)
+    norms = [(own, norm) for own, norm in pairs if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
+    for _, norm in norms:
         norm.reset_running_stats()
         norm.momentum, norm.training = None, True  # None: the average
     with torch.no_grad():
@@ -284,9 +280,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
             trial(inputs.to(next(trial.parameters()).device))
     if not count:
         raise ValueError("recalibrate needs at least one batch")
-    for own, norm in zip(model.modules(), trial.modules(), strict=True):
-        if norm in norms:
-            own.load_state_dict(norm.state_dict())
+    for own, norm in norms:
+        own.load_state_dict(norm.state_dict())
 
 
 # How layers are found: the weights of a model, which of them are pruned, and what may be wrong with the choice
@@ -295,15 +290,15 @@ class _Weight:
     """A parameter of the model, or a tensor in its stead that is computed from others."""
 
     parameter: Any
+    module: nn.Module  # the first that uses it
     dim: int | None  # that counts outputs; None if LAYERS doesn't tell
     names: list[str] = field(default_factory=list)  # such as fc1.weight; several if it is shared
-    users: list[str] = field(default_factory=list)  # names of the modules that use it
-    modules: list[nn.Module] = field(default_factory=list)  # these modules
+    users: dict[str, nn.Module] = field(default_factory=dict)  # all modules that use it, by name
     biases: list[str] = field(default_factory=list)  # names of their biases, but not of those that others use
 
     def turned(self, tensor: Tensor) -> Tensor:
         """From the weight's own layout to (out, in / groups, …), or back."""
-        groups = getattr(self.modules[0], "groups", 1)
+        groups = getattr(self.module, "groups", 1)
         return tensor.unflatten(0, (groups, -1)).transpose(1, self.dim + 1).flatten(0, 1) if self.dim else tensor
 
     def masks(self, keep: Tensor) -> dict[str, Tensor]:
@@ -311,8 +306,8 @@ class _Weight:
         if keep.dim() > 1:
             return {self.names[0]: keep}
         weight = self.turned(self.parameter.detach())
-        mask = self.turned(keep.view(-1, *[1] * (weight.dim() - 1)).expand_as(weight)).contiguous()
-        return {self.names[0]: mask} | dict.fromkeys(self.biases, keep)
+        mask = keep.expand_as(weight.transpose(0, -1)).transpose(0, -1)
+        return {self.names[0]: self.turned(mask).contiguous()} | dict.fromkeys(self.biases, keep)
 
 
 def _modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -333,20 +328,19 @@ def _matrices(model: nn.Module) -> list[_Weight]:
     lists = (nn.ParameterList, nn.ParameterDict)  # they make no difference to what other modules use
     for name, module in sorted(_modules(model), key=lambda named: isinstance(named[1], lists)):
         layer_dim = next((LAYERS[parent] for parent in type(module).__mro__ if parent in LAYERS), None)
-        parameters = dict(module._parameters)
-        if layer_dim is not None:  # what is computed from other parameters, too
-            parameters |= {key: getattr(module, key, None) for key in ("weight", "bias")}
-        for key, parameter in parameters.items():
+        own, computed = module._parameters, {}
+        if layer_dim is not None:  # a weight or bias may be computed from other parameters
+            computed = {key: getattr(module, key, None) for key in ("weight", "bias") if key not in own}
+        for key, parameter in (own | computed).items():
             if parameter is not None and not (isinstance(module, lists) and id(parameter) in found):
-                dim = layer_dim if key == "weight" or key not in module._parameters else None
-                weight = found.setdefault(id(parameter), _Weight(parameter, dim))
+                dim = layer_dim if key == "weight" or key in computed else None
+                weight = found.setdefault(id(parameter), _Weight(parameter, module, dim))
                 weight.dim = dim if weight.dim == dim else None
                 weight.names.append(f"{name}.{key}".lstrip("."))
-                weight.users.append(name)
-                weight.modules.append(module)
+                weight.users[name] = module
     for weight in found.values():
-        biases = [found.get(id(module._parameters.get("bias"))) for module in weight.modules]
-        weight.biases = [bias.names[0] for bias in biases if bias and {*bias.users} <= {*weight.users}]
+        biases = [found.get(id(module._parameters.get("bias"))) for module in weight.users.values()]
+        weight.biases = [bias.names[0] for bias in biases if bias and bias.users.keys() <= weight.users.keys()]
     return [weight for weight in found.values() if weight.dim is not None or weight.parameter.ndim > 1]
 
 
@@ -377,17 +371,18 @@ def _doubts(output: Sequence[str], free: Sequence[_Weight], matrices: Sequence[_
     if share >= 0.1:
         text = f"{share:.0%} of the weights stay dense, as LAYERS lacks the classes of their modules"
         yield f"{text}: {_listed([*dense])}; prune them by name with only=(…), or spare the modules with skip=(…)"
-    shapes = {w: w.turned(torch.empty(w.parameter.shape, device="meta")).shape for w in matrices}
-    inputs = {w: shapes[w][w.dim is not None : 2 if hasattr(w.modules[0], "kernel_size") else None] for w in matrices}
+    shapes = {w: w.turned(torch.empty(w.parameter.shape, device="meta")).shape for w in matrices}  # (out, in, …)
+    inputs = {w: shapes[w][w.dim is not None : 2 if hasattr(w.module, "kernel_size") else None] for w in matrices}
 
     def taken(weight: _Weight, takers: Iterable[_Weight]) -> bool:
-        """Whether they take as many inputs as it has outputs or, of a convolution, a multiple: flattened images."""
-        n, sizes = max(shapes[weight][0], 1), {size for taker in takers for size in inputs[taker]}
-        return n in sizes or (hasattr(weight.modules[0], "kernel_size") and any(size % n == 0 for size in sizes))
+        """Whether they have as many inputs as it has outputs or, of a convolution, a multiple: flattened images."""
+        n, images = max(shapes[weight][0], 1), hasattr(weight.module, "kernel_size")
+        return any(size == n or (images and size % n == 0) for taker in takers for size in inputs[taker])
 
-    ends = [w for w in matrices if w.dim is not None and w in free and not taken(w, matrices)]
-    for last in [w for w in matrices if w.dim is not None and {*output} & {*w.users}]:  # one, if any
-        rivals = [end.users[0] for end in ends if shapes[end][0] == shapes[last][0] or taken(last, [end])]
+    layers = [w for w in matrices if w.dim is not None]
+    ends = [w for w in layers if w in free and not taken(w, matrices)]
+    for last in [w for w in layers if w.users.keys() & output]:  # one, if any
+        rivals = [next(iter(w.users)) for w in ends if shapes[w][0] == shapes[last][0] or taken(last, [w])]
         if rivals:
             text = f"{output[0]!r}, registered last, is spared as the output layer, but no layer takes the outputs of"
             yield f"{text} {_listed(rivals)}: if they're wanted, add them to skip, in its stead with prune_output=True"
@@ -397,13 +392,14 @@ def _matched(argument: str, entries: Any, names: Collection[str], hint: str = ""
     """The names that entries, which are names or patterns, match."""
     if isinstance(entries, str) or not isinstance(entries, Collection):
         raise TypeError(f"{argument} must be a sequence of names or patterns, such as ({entries!r},), got {entries!r}")
-    matched: dict[Any, set[str]] = {}
+    matched: set[str] = set()
     for entry in entries:
-        matched[entry] = {name for name in names if name == entry or fnmatchcase(name, str(entry))}
-        if not matched[entry]:
+        fits = {name for name in names if name == entry or fnmatchcase(name, str(entry))}
+        if not fits:
             near = _listed(difflib.get_close_matches(str(entry), names, cutoff=0))
             raise ValueError(f"{argument}: {entry!r} names nothing that could be pruned{hint}: did you mean {near}?")
-    return set().union(*matched.values())
+        matched |= fits
+    return matched
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -453,11 +449,12 @@ def _scored(weight: _Weight, method: str, generator: torch.Generator) -> Tensor:
     except Exception as error:
         hint = "" if turned.grad is not None else ", which has no gradient"
         raise ValueError(f"method {method!r} fails for {name}{hint}: {type(error).__name__}: {error}") from error
-    fits = isinstance(scores, Tensor) and scores.is_floating_point()
-    if not fits or scores.shape not in (turned.shape, turned.shape[:1]) or scores.isnan().any():
+    shapes = tuple(turned.shape), tuple(turned.shape[:1])
+    fits = isinstance(scores, Tensor) and scores.is_floating_point() and scores.shape in shapes
+    if not fits or scores.isnan().any():
         got = f"{tuple(scores.shape)} of {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
-        shapes = f"{tuple(turned.shape)} or {tuple(turned.shape[:1])}"
-        raise ValueError(f"the scores of {name} must be floating-point, of shape {shapes}, and not NaN, got {got}")
+        wanted = f"floating-point, of shape {shapes[0]} or {shapes[1]}, and not NaN"
+        raise ValueError(f"the scores of {name} must be {wanted}, got {got}")
     if scores.dim() == 1 and weight.dim is None:
         raise ValueError(f"{name} has no units that {method!r} could rank: LAYERS lacks the class of its module")
     return scores.detach() if scores.dim() == 1 else weight.turned(scores.detach())
@@ -466,8 +463,8 @@ def _scored(weight: _Weight, method: str, generator: torch.Generator) -> Tensor:
 def _select(ranked: Mapping[str, Tensor], sparsity: float, magnitude: bool = False) -> list[Tensor]:
     """Masks that prune exactly round(sparsity * n) of n scores: the lowest, of equal ones the earlier first.
 
-    The last to prune most likely lies between two of a sample: all are compared with these, the few between are sorted.
-    NumPy does so on the CPU, several times faster than torch, a block at a time.
+    They rank by score, then by position, so that no two are equal. The last to prune most likely lies between two of a
+    sample: all are compared with these, the few between are sorted. NumPy is several times faster here than torch.
     Source: Floyd and Rivest, "Expected Time Bounds for Selection" (1975).
     """
     masks = {name: torch.empty(scores.shape, dtype=torch.bool, device="cpu") for name, scores in ranked.items()}
@@ -476,29 +473,32 @@ def _select(ranked: Mapping[str, Tensor], sparsity: float, magnitude: bool = Fal
     stay = total - round(sparsity * total)
     step = 6 * int(total ** (1 / 3) / 16) + 1  # 1 for few scores; out of step with rows of 2, 3, 4, 6, … scores
     blocks, samples, start = [], [], 0
-    for name, flat in ((name, scores.reshape(-1)) for name, scores in ranked.items()):
+    for name, scores in ranked.items():
+        flat, mask = scores.reshape(-1), masks[name].view(-1)
         samples.append(flat[-start % step :: step].to("cpu", dtype).numpy())
-        for part, keep in zip(flat.split(BLOCK), masks[name].view(-1).split(BLOCK), strict=True):
+        for part, keep in zip(flat.split(BLOCK), mask.split(BLOCK), strict=True):
             blocks.append((name, start, part, keep.numpy()))
             start += len(part)
     sample = np.abs(np.concatenate(samples)) if magnitude else np.concatenate(samples)
-    ordered, rank = np.sort(sample), len(sample) * (1 - stay / max(total, 1))
-    margin = 2.5 * math.sqrt(rank * stay / max(total, 1)) + 1  # 2.5 standard deviations
+    ordered, share = np.sort(sample), stay / max(total, 1)
+    gone = (1 - share) * len(sample)  # as many of the sample, more or less
+    margin = 2.5 * math.sqrt(share * gone) + 1  # 2.5 standard deviations
     while True:
-        low, high = (_bound(sample, ordered, math.ceil(rank + side) - 1, step) for side in (-margin, margin))
-        kept, indices, values = 0, [], []
+        low, high = (_bound(sample, ordered, math.ceil(gone + side) - 1, step) for side in (-margin, margin))
+        kept, indices, between = 0, [], []
         for name, start, part, keep in blocks:
-            scores = part.to("cpu", dtype).numpy()
-            if magnitude and not math.isfinite((scores := np.abs(scores)).max(initial=0)):
-                raise ValueError(f"{name} must be finite, but has NaN or infinite weights")
-            kept += int(np.count_nonzero(_after(scores, start, high, out=keep)))
-            indices.append(np.flatnonzero(_after(scores, start, low) ^ keep))
-            values.append(scores[indices[-1]])
-        between = np.concatenate(values)
-        if kept <= stay <= kept + len(between):
+            values = part.to("cpu", dtype).numpy()
+            if magnitude:
+                values = np.abs(values)
+                _checked(name, part, finite=not math.isfinite(values.max(initial=0)))
+            kept += int(np.count_nonzero(_after(values, start, high, out=keep)))
+            indices.append(np.flatnonzero(_after(values, start, low) ^ keep))
+            between.append(values[indices[-1]])
+        rest = np.concatenate(between)
+        if kept <= stay <= kept + len(rest):
             break
         margin *= 4  # the sample misled
-    after = _after(between, 0, _bound(between, np.sort(between), kept + len(between) - stay - 1))
+    after = _after(rest, 0, _bound(rest, np.sort(rest), kept + len(rest) - stay - 1))
     for (_, _, _, keep), index in zip(blocks, indices, strict=True):
         keep[index], after = after[: len(index)], after[len(index) :]
     return [masks[name].to(scores.device) for name, scores in ranked.items()]
