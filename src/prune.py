@@ -238,8 +238,9 @@ def sweep(
     >>> [point.achieved for point in sweep(model, "weight", [0.25, 0.75], score=lambda pruned: 0.0)]
     [0.25, 0.75]
     """
-    if not (callable(score) and callable(retrain or score)):
-        raise TypeError(f"score and retrain must be functions, got {score!r} and {retrain!r}")
+    if not (isinstance(sparsities, Iterable) and callable(score) and callable(retrain or score)):
+        got = f"{sparsities!r}, {score!r} and {retrain!r}"
+        raise TypeError(f"sparsities must be several numbers in [0, 1], score and retrain must be functions, got {got}")
     points, seed = [], None
     if isinstance(generator, torch.Generator):
         seed = int(torch.randint(2**62, (), generator=generator.clone_state(), device=generator.device))
