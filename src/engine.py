@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prune import find_masks
+from system import torchrun_rank
 from utils import l2
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # images (B, …) and class numbers (B,); B may differ from batch to batch
@@ -166,9 +167,10 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
     if name == "auto" and device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    # Without the instructions a product takes a second. With them it may be slower, so it is tried.
+    # Without the instructions a product takes a second. With them it may be slower, so it is tried. Ranks must agree.
     native = any(getattr(torch.cpu, probe, bool)() for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    faster = name == "auto" and native and 1.3 * seconds(torch.bfloat16) < seconds(torch.float32)
+    tried = name == "auto" and native and torchrun_rank() == (0, 1)
+    faster = tried and 1.3 * seconds(torch.bfloat16) < seconds(torch.float32)
     return torch.bfloat16 if name == "bf16" or faster else torch.float32
 
 

@@ -14,8 +14,10 @@ from torch import nn
 from compress import load_compressed, save_compressed
 from config import Config, without_effect
 from model import SIZES, NeuralNetwork
-from system import describe_machine, say, warn, write_file
+from system import describe_machine, say, torchrun_rank, warn, write_file
 from utils import Row
+
+NUMBERS = ("compress", "data", "engine", "model", "prune", "train")  # modules that make them
 
 
 def output(config: Config, name: str) -> Path:
@@ -28,9 +30,21 @@ def output(config: Config, name: str) -> Path:
 
 def result_files(config: Config) -> list[Path]:
     """What in the output folders is named as a run's files are."""
-    names = ("model.bin", "model.json", "unit_*.bin", "weight_*.bin", "accuracy_*.*", "cost_*.*")
+    names = ("model.bin", "model.json", "unit_*.bin", "weight_*.bin", "accuracy_*.csv", "accuracy_*.[ps]*", "cost_*.*")
     patterns = [output(config, name) for name in names]
     return sorted(path for pattern in patterns for path in pattern.parent.glob(pattern.name))
+
+
+def outdated(config: Config) -> list[Path]:
+    """Result files that are older than the network, or the rows, beside which they lie."""
+    made, rows = output(config, "model.bin"), output(config, "accuracy_sparsity.csv")
+    pairs = [(path, made if path.suffix in (".bin", ".json") else rows) for path in result_files(config)]
+    return [path for path, new in pairs if new.exists() and path.stat().st_mtime < new.stat().st_mtime]
+
+
+def kept_path(config: Config, method: str, k: float) -> Path:
+    """Where a pruned network is kept."""
+    return output(config, f"{method}_{k:.15g}.bin")
 
 
 def describe(config: Config) -> dict[str, Any]:
@@ -54,7 +68,7 @@ def save_model(model: nn.Module, config: Config, accuracy: dict[str, float]) -> 
 
 def save_pruned(network: nn.Module, config: Config, row: Row) -> None:
     """Write a pruned network in few bytes, with its row and how it came about."""
-    content, path = io.BytesIO(), output(config, f"{row.method}_{row.k_percent:.15g}.bin")
+    content, path = io.BytesIO(), kept_path(config, row.method, row.k_percent)
     save_compressed(network, content, asdict(row) | describe(config))
     write_file(path, content.getvalue())
     say(f"wrote {path}")
@@ -88,11 +102,13 @@ def progress_path(config: Config, seed: int) -> Path:
 
 
 def write_progress(config: Config, seed: int, rows: list[Row]) -> None:
-    """Keep the rows of a seed; where that fails, the run goes on, for it has them in memory."""
+    """Keep the rows of a seed; where that fails, a run of one process goes on, for it has them in memory."""
     text = json.dumps([astuple(row) for row in rows])
     try:
         write_file(progress_path(config, seed), f"{_checksum(config, seed, text)}\n{text}".encode())
     except OSError as error:
+        if torchrun_rank() != (0, 1):
+            raise
         warn(f"{error}: a stopped run would do this seed again")
 
 
@@ -103,14 +119,15 @@ def read_progress(config: Config, seed: int) -> list[Row]:
         return []
     checksum, _, text = path.read_text(encoding="utf-8", errors="replace").partition("\n")
     if checksum != _checksum(config, seed, text):
-        warn(f"{path} is damaged, or of other settings, versions or weights, and is not used")
+        warn(f"{path} is damaged, or of another run: it is not used")
         return []
     say(f"read {path}")
     return [Row(*values) for values in json.loads(text)]
 
 
 def _checksum(config: Config, seed: int, text: str) -> str:
-    """Of rows and all that they depend on; with those of the first seed goes the network in the model file."""
-    made = config.model or output(config, "model.bin")
-    written = made.stat().st_mtime_ns if seed == config.seed and made.exists() else None
-    return hashlib.sha256(json.dumps([config.seed, written, describe(config), text]).encode()).hexdigest()
+    """Of rows and all that they depend on; with those of the first seed go its networks, as they are on disk."""
+    networks = [config.model or output(config, "model.bin"), *(kept_path(config, *kept) for kept in config.keep)]
+    written = [path.stat().st_mtime_ns for path in networks if seed == config.seed and path.exists()]
+    modules = [Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8") for name in NUMBERS]
+    return hashlib.sha256(json.dumps([config.seed, written, modules, describe(config), text]).encode()).hexdigest()

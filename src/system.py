@@ -95,6 +95,13 @@ def exit_status(main: Callable[[], int]) -> int:
     return 1
 
 
+def torchrun_rank() -> tuple[int, int]:
+    """The number of this process among those that torchrun started, and how many they are; else (0, 1)."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
 def describe_machine(device: "torch.device") -> dict[str, str | int]:
     """Collect what a number depends on beside the settings: versions, hardware, threads."""
     import numpy

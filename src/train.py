@@ -52,23 +52,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_outputs(config)
     announce(dataset, config)
 
-    ranks = int(os.environ.get("WORLD_SIZE") or 1) if os.environ.get("RANK") else 1  # torchrun's: they share the seeds
+    rank, ranks = system.torchrun_rank()  # ranks share the seeds
     seeds = range(config.seed, config.seed + config.seeds)
-    found = {seed: files.read_progress(config, seed) for seed in seeds}  # of a run that was stopped
-    for seed in seeds[int(os.environ.get("RANK") or 0) :: ranks]:
-        if not found[seed]:
+    done = {seed: files.read_progress(config, seed) for seed in seeds}  # by a run that was stopped
+    first = None
+    for seed in seeds[rank::ranks]:
+        if not done[seed]:
             torch.manual_seed(seed)
             model = NeuralNetwork().to(device) if config.model is None else files.load_model(config.model).to(device)
             if config.model is None:
                 train(model, dataset, config, seed)
-            found[seed] = [row for method in config.methods for row in sweep(model, method, dataset, config, seed)]
-            files.write_progress(config, seed, found[seed])
+            done[seed] = [row for method in config.methods for row in sweep(model, method, dataset, config, seed)]
+            files.write_progress(config, seed, done[seed])
+            first = model if seed == config.seed else first
 
-    rows = [row for seed in seeds for row in found[seed] or files.read_progress(config, seed)]
-    if len({row.seed for row in rows}) < config.seeds:
-        say("some seeds are not done: the rank that ends last reports")
+    done = {seed: rows or files.read_progress(config, seed) for seed, rows in done.items()}
+    if not all(done.values()):
+        say("other ranks are not done: the one that ends last reports")
         return 0
-    return report(rows, dataset, config)
+    return report([row for rows in done.values() for row in rows], first, dataset, config)
+
+
+# ── before training ──
+
+
+def announce(dataset: Dataset, config: Config) -> None:
+    """Say what will be computed, on what and with what."""
+    machine = system.describe_machine(dataset.test_images.device)
+    say(f"{title(dataset, config)}; {len(dataset.train_labels):,} training images")
+    training = f", training in {config.precision}" * (config.model is None or config.finetune_epochs > 0)
+    say(f"{machine['hardware']}, threads: {machine['threads']}{training}")
+    if 0 < config.k[-1] <= 1:
+        say(f"warning: k is in %: did you mean {' '.join(f'{100 * k:g}' for k in config.k)}?")
+
+
+def check_outputs(config: Config) -> None:
+    """Raise an OSError or ValueError before training for what would fail after it."""
+    if config.model is None:
+        prune.find_masks(NeuralNetwork(), "weight", 0, **pruning(config))  # --skip may name what is not there
+    for folder in (config.models, config.plots):
+        probe = folder / f".{os.urandom(8).hex()}.tmp"
+        system.write_file(probe, b"")
+        probe.unlink()
+    unfinished = [files.progress_path(config, config.seed + number) for number in range(config.seeds)]
+    for path in (*files.result_files(config), *unfinished):
+        if path.exists() and not path.is_file():
+            raise FileExistsError(f"{path} is in the way: a folder or device, not a file")
+    if config.model is not None and config.model.resolve() in [
+        files.kept_path(config, *kept).resolve() for kept in config.keep
+    ]:
+        raise FileExistsError(f"--keep would overwrite {config.model}, which --model reads: choose another --models")
 
 
 # ── networks ──
@@ -87,27 +120,6 @@ def train(model: nn.Module, dataset: Dataset, config: Config, seed: int) -> None
         say(f"Seed:{seed}, " * (config.seeds > 1) + f"{line}, {what} Set Accuracy: {testing:.2%}")
     if seed == config.seed:
         files.save_model(model, config, {"training_percent": 100 * training, f"{what.lower()}_percent": 100 * testing})
-
-
-def finetune(model: nn.Module, method: str, k: float, dataset: Dataset, config: Config, seed: int) -> nn.Module:
-    """Copy a network and retrain it while more and more of it is pruned, so that pruned weights may come back.
-
-    The learning rate grows with k: the more is pruned, the more there is to mend.
-    """
-    network, sparsity, choice = copy.deepcopy(model), k / 100, pruning(config)
-    if (method, config.scope) == ("weight", "global"):  # units that are zero go first: without them it is faster
-        kept = prune.find_masks(model, method, sparsity, **choice)
-        network = compress.shrink(model)
-        total = sum(network.get_parameter(name).numel() for name in kept)
-        sparsity = max(0.0, 1 - sum(int(mask.sum()) for mask in kept.values()) / total)
-    epochs, peak = config.finetune_epochs, config.finetune_learning_rate * k / 100
-    if sparsity and peak:
-        masks = partial(gradual_masks, network, method, sparsity, **choice)
-        engine, batches = prepare(network, dataset, config, seed, epochs, peak, masks=masks, straight_through=True)
-        for epoch in range(1, epochs + 1):
-            engine.train_epoch(bar(batches, f"{method} {k:g} %, epoch {epoch}/{epochs}"))
-    prune.apply_masks(network, prune.find_masks(network, method, sparsity, **choice))
-    return network
 
 
 def prepare(
@@ -136,8 +148,8 @@ def sweep(model: nn.Module, method: str, dataset: Dataset, config: Config, seed:
         small = compress.shrink(pruned)  # the same logits, sooner
         return small, 100 * evaluate(compress.to_sparse(small), dataset)
 
-    sparsities, order = [k / 100 for k in config.k], torch.Generator().manual_seed(seed)
-    points = prune.sweep(model, method, sparsities, score, generator=order, **pruning(config))
+    sparsities, random = [k / 100 for k in config.k], torch.Generator().manual_seed(seed)
+    points = prune.sweep(model, method, sparsities, score, generator=random, **pruning(config))
     origin, rows = seed if config.model is None else None, []
     for k, point in zip(config.k, points, strict=True):
         (network, accuracy), finetuned = point.score, None
@@ -150,6 +162,27 @@ def sweep(model: nn.Module, method: str, dataset: Dataset, config: Config, seed:
     return rows
 
 
+def finetune(model: nn.Module, method: str, k: float, dataset: Dataset, config: Config, seed: int) -> nn.Module:
+    """Copy a network and retrain it while more and more of it is pruned, so that pruned weights may come back.
+
+    The learning rate grows with k: the more is pruned, the more there is to mend.
+    """
+    network, sparsity, choice = copy.deepcopy(model), k / 100, pruning(config)
+    if (method, config.scope) == ("weight", "global"):  # units that are zero go first: without them it is faster
+        kept = prune.find_masks(model, method, sparsity, **choice)
+        network = compress.shrink(model)
+        total = sum(network.get_parameter(name).numel() for name in kept)
+        sparsity = max(0.0, 1 - sum(int(mask.sum()) for mask in kept.values()) / total)
+    epochs, peak = config.finetune_epochs, config.finetune_learning_rate * k / 100
+    if sparsity and peak:
+        masks = partial(gradual_masks, network, method, sparsity, **choice)
+        engine, batches = prepare(network, dataset, config, seed, epochs, peak, masks=masks, straight_through=True)
+        for epoch in range(1, epochs + 1):
+            engine.train_epoch(bar(batches, f"{method} {k:g} %, epoch {epoch}/{epochs}"))
+    prune.apply_masks(network, prune.find_masks(network, method, sparsity, **choice))
+    return network
+
+
 def pruning(config: Config) -> dict[str, Any]:
     """The settings that say what is pruned, as prune.py takes them."""
     return {"scope": config.scope, "skip": config.skip, "prune_output": config.prune_output}
@@ -158,7 +191,7 @@ def pruning(config: Config) -> dict[str, Any]:
 # ── results ──
 
 
-def report(rows: list[Row], dataset: Dataset, config: Config) -> int:
+def report(rows: list[Row], first: nn.Module | None, dataset: Dataset, config: Config) -> int:
     """CSV, table, facts and plots of all seeds, and the costs of the first network; returns the exit status."""
     say(f"{utils.format_table(rows)}\n{utils.format_facts(rows)}")
     utils.write_csv(files.output(config, "accuracy_sparsity.csv"), rows)
@@ -166,17 +199,15 @@ def report(rows: list[Row], dataset: Dataset, config: Config) -> int:
     published = utils.LENET_300_100 if config.finetune_epochs and dataset.name == "mnist" else ()  # retrained as well
     drawn = draw(config, "accuracy_sparsity", utils.plot_accuracy_sparsity, rows, text)
     drawn &= draw(config, "accuracy_weights", utils.plot_accuracy_weights, rows, text, published)
-    made = files.output(config, "model.bin") if config.model is None else config.model
     if config.costs:
+        model = first or files.load_model(config.model or files.output(config, "model.bin"))  # another run's, or rank's
         own = [row for row in rows if row.seed == rows[0].seed and row.method in ("weight", "unit")]
-        model = files.load_model(made).to(dataset.test_images.device)
-        costs = measure_costs(model, own, dataset.test_images, **pruning(config))
+        costs = measure_costs(model.to(dataset.test_images.device), own, dataset.test_images, **pruning(config))
         utils.write_csv(files.output(config, "cost_sparsity.csv"), costs)
         say(format_costs(costs))
         drawn &= draw(config, "cost_sparsity", plot_cost_sparsity, costs, text)
-    for path in files.result_files(config) if config.model is None and made.exists() else ():
-        if path.stat().st_mtime < made.stat().st_mtime:
-            say(f"{path} is of an earlier network")
+    for path in files.outdated(config):
+        say(f"{path} is of an earlier run")
     if dataset.fallback_reason:
         say(f"{NOT_MNIST}\n{dataset.fallback_reason}")
     if drawn:  # else the same command goes on from here
@@ -205,35 +236,6 @@ def title(dataset: Dataset, config: Config) -> str:
     network = trained if config.model is None else f"network of {config.model.name}"
     line = f"{dataset.name.replace('mnist', 'MNIST')}, {images}; {network}"
     return "\n".join(filter(None, (line, ", ".join(changed(config)))))
-
-
-# ── before training ──
-
-
-def announce(dataset: Dataset, config: Config) -> None:
-    """Say what will be computed, on what and with what."""
-    machine = system.describe_machine(dataset.test_images.device)
-    say(f"{title(dataset, config)}; {len(dataset.train_labels):,} training images")
-    training = f", training in {config.precision}" * (config.model is None or config.finetune_epochs > 0)
-    say(f"{machine['hardware']}, threads: {machine['threads']}{training}")
-    if 0 < config.k[-1] <= 1:
-        say(f"warning: k is in %: did you mean {' '.join(f'{100 * k:g}' for k in config.k)}?")
-
-
-def check_outputs(config: Config) -> None:
-    """Raise an OSError or ValueError before training for what would fail after it."""
-    if config.model is None:
-        prune.find_masks(NeuralNetwork(), "weight", 0, **pruning(config))  # --skip may name what is not there
-    for folder in (config.models, config.plots):
-        probe = folder / f".{os.urandom(8).hex()}.tmp"
-        system.write_file(probe, b"")
-        probe.unlink()
-    for path in files.result_files(config):
-        if path.exists() and not path.is_file():
-            raise FileExistsError(f"{path} is in the way: a folder or device, not a file")
-    kept = [files.output(config, f"{method}_{k:.15g}.bin").resolve() for method, k in config.keep]
-    if config.model is not None and config.model.resolve() in kept:
-        raise FileExistsError(f"--keep would overwrite {config.model}, which --model reads: choose another --models")
 
 
 if __name__ == "__main__":

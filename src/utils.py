@@ -51,7 +51,7 @@ class Row:
     scope: str
     k_percent: float
     achieved_percent: float
-    weights_kept: int  # non-zero weights of the shrunk network: what has to be stored and multiplied
+    weights_kept: int  # non-zero ones of the shrunk network, fine-tuned if that was asked for: stored and multiplied
     accuracy_percent: float
     finetuned_percent: float | None = None
 
@@ -179,12 +179,13 @@ def save_figure(path: Path, figure: "Figure") -> None:
 
 def plot_accuracy_sparsity(rows: Sequence[Row], title: str) -> "Figure":
     """Accuracy against k, close to dense and whole, with the ends of flat regions; means bold, seeds thin."""
-    figure, near, whole = _plot_accuracy(rows, title, lambda curve: curve.k[:, None], ())
+    found, dense = curves(rows), dense_accuracy(rows)
+    figure, near, whole = _plot_accuracy(found, dense, title, lambda curve: curve.k[:, None])
     figure.draw_without_rendering()  # lays it out: then the axis knows how many labels it has room for
     stretch_k_axis(whole, [row.k_percent for row in rows])  # the panels share it
     pruned = "each layer" if {row.scope for row in rows} == {"layer"} else "all layers together"
     whole.set_xlabel(f"pruned: k % of {pruned} (axis stretched toward 100 %)")
-    flat = {name: flat_until(curve, dense_accuracy(rows)) for name, curve in curves(rows).items()}
+    flat = {name: flat_until(curve, dense) for name, curve in found.items()}
     ends = sorted((k, method) for method in ("weight", "unit") if (k := flat.get(NAMES[method])))
     for (k, method), ha, dx in zip(ends, ("right", "left"), (-3, 3), strict=False):  # their words point outward
         color, tuned = COLORS[method], flat.get(NAMES[method] + FINETUNED)
@@ -198,7 +199,11 @@ def plot_accuracy_weights(rows: Sequence[Row], title: str, published: Sequence[P
     """Accuracy against the weights that remain, with networks of others beside, such as `LENET_300_100`."""
     sizes = [row.weights_kept for row in rows] + [weights for _, weights, _ in published]
     none = 10 ** np.floor(np.log10(min(filter(None, sizes), default=1) / 2))  # a logarithmic axis has no place for 0
-    figure, _, whole = _plot_accuracy(rows, title, lambda curve: np.maximum(curve.weights, none), published)
+    found, dense = curves(rows), dense_accuracy(rows)
+    found = {
+        name: curve for name, curve in found.items() if name + FINETUNED not in found
+    }  # the networks of these sizes
+    figure, _, whole = _plot_accuracy(found, dense, title, lambda curve: np.maximum(curve.weights, none), published)
     log_axis(whole, "x")
     if 0 in sizes:
         whole.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value > 1.01 * none else "none")
@@ -207,20 +212,22 @@ def plot_accuracy_weights(rows: Sequence[Row], title: str, published: Sequence[P
     return figure
 
 
-def _plot_accuracy(rows: Sequence[Row], title: str, x: Callable[[Curve], np.ndarray], published: Any) -> Any:
+def _plot_accuracy(
+    found: dict[str, Curve], dense: float, title: str, x: Callable[[Curve], np.ndarray], published: Any = ()
+) -> Any:
     """Every curve at its x, (points, seeds or 1), in two panels: close to dense, and the whole range."""
-    dense, found, seeds = dense_accuracy(rows), curves(rows).items(), len({row.seed for row in rows})
+    seeds = max(curve.values.shape[1] for curve in found.values())
     spread = "thin: each" if seeds <= MANY_SEEDS else "pale: lowest to highest"
     notes = [f"bold: mean, {spread} of {seeds} seeds"] if seeds > 1 else []
     if published:
         notes.append("gray: others' LeNet-300-100, which starts from 266,200 weights, ours from 2,386,000")
     figure, (near, whole) = new_figure(2, 1, title, "; ".join(notes), sharex=True, height_ratios=(2, 3))
-    highest = max(dense, *(curve.values.max() for _, curve in found), *(accuracy for *_, accuracy in published))
+    highest = max(dense, *(curve.values.max() for curve in found.values()), *(accuracy for *_, accuracy in published))
     near.set(ylabel="close to dense: accuracy, %", ylim=(dense - 2.5, highest + 0.25))
     whole.set(ylabel="whole range: accuracy, %", ylim=(0, 104))
     gray: dict[str, Any] = {"color": "0.4", "linewidth": 0.6, "zorder": 0}
     for panel, label, level in ((near, f"{FLAT_POINTS} points below", dense - FLAT_POINTS), (whole, "chance 10 %", 10)):
-        for name, curve in found:
+        for name, curve in found.items():
             _draw_curve(panel, name, curve, x(curve))
         for (name, weights, accuracy), marker in zip(published, "DPX*dph", strict=False):
             panel.plot(weights, accuracy, marker, label=name if panel is near else None, color="0.4", markersize=6)

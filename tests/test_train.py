@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 import compress
 import costs
+import files as run_files
 import prune
 import train
 import utils
@@ -265,8 +266,12 @@ def test_costs_and_kept_networks(tmp_path, capsys, monkeypatch):
     assert run_digits(tmp_path, "--epochs", "1", "--k", "90") == 0  # which leaves these, of a network that has gone
     out = capsys.readouterr().out
     for name in ("models/digits_unit_60.bin", "plots/digits_cost_sparsity.csv", "plots/digits_cost_sparsity.png"):
-        assert f"{tmp_path / name} is of an earlier network" in out
+        assert f"{tmp_path / name} is of an earlier run" in out
     assert out.count("earlier") == 4
+    (tmp_path / "models/digits_unit_60.bin").unlink()
+    (tmp_path / "models/digits_weight_90.bin").unlink()
+    assert run_digits(tmp_path, "--k", "90", "--model", str(tmp_path / "models/digits_model.bin")) == 0
+    assert len(re.findall(r"cost_sparsity.\w+ is of an earlier run", capsys.readouterr().out)) == 2
 
 
 def test_an_existing_model_takes_the_place_of_training(tmp_path, capsys, titles):
@@ -389,7 +394,7 @@ def test_a_stopped_run_goes_on_with_more_seeds_but_not_with_other_settings(tmp_p
         capsys.readouterr()
         assert run_digits(tmp_path / name, *BRIEF, "--seeds", "2", *other) == 0
         assert trained == ([0, 1] if name == "b" else [1, 2])
-        told = re.findall(r"_seed_(\d).unfinished is .* other settings.* not used", capsys.readouterr().err)
+        told = re.findall(r"_seed_(\d).unfinished is .* another run: it is not used", capsys.readouterr().err)
         assert told == (["0", "1"] if name == "b" else ["1"])
         trained.clear()
 
@@ -397,6 +402,7 @@ def test_a_stopped_run_goes_on_with_more_seeds_but_not_with_other_settings(tmp_p
 def test_ranks_go_on_with_their_own_seeds_of_what_one_process_left(tmp_path, trained, monkeypatch):
     assert run_digits(tmp_path / "undisturbed", *BRIEF, "--seeds", "4") == 0
     stop_before(2, tmp_path, trained, *BRIEF, "--seeds", "4")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("1", "0"):  # the last one reports
         assert not (tmp_path / CSV).exists()
@@ -417,6 +423,33 @@ def test_costs_and_kept_networks_are_of_the_first_seed(tmp_path, trained):
     assert trained == [3]
     _, kept = compress.load_compressed(tmp_path / "models/digits_unit_50.bin")
     assert kept["accuracy_percent"] == pytest.approx(float(read_rows(tmp_path)[3]["accuracy_percent"]), abs=1e-3)
+
+
+def test_a_seed_is_done_again_if_its_networks_are_gone_or_the_code_has_changed(tmp_path, trained, monkeypatch):
+    flags = (*BRIEF, "--keep", "unit:50", "--seeds", "2")
+    for name in ("digits_model.bin", "digits_unit_50.bin"):
+        stop_before(1, tmp_path, trained, *flags)
+        (tmp_path / "models" / name).unlink()
+        assert run_digits(tmp_path, *flags) == 0
+        assert trained == [0, 1] and (tmp_path / "models" / name).exists()
+        trained.clear()
+    stop_before(1, tmp_path, trained, *flags)
+    shutil.copytree(ROOT / "src", tmp_path / "src")
+    (tmp_path / "src/model.py").write_text("# changed")
+    monkeypatch.setattr(run_files, "__file__", str(tmp_path / "src/files.py"))
+    assert run_digits(tmp_path, *flags) == 0
+    assert trained == [0, 1]
+
+
+def test_costs_of_a_seed_that_is_done_are_those_of_the_saved_network(tmp_path, trained):
+    flags = ("--epochs", "1", "--k", "90", "--seeds", "2")
+    assert run_digits(tmp_path / "whole", *flags, "--costs") == 0
+    stop_before(1, tmp_path / "stopped", trained, *flags)
+    assert run_digits(tmp_path / "stopped", *flags, "--costs") == 0
+    assert trained == [1]
+    sizes = [[row["stored_bytes"] for row in read_rows(tmp_path / name, "digits_cost_sparsity.csv")]
+             for name in ("whole", "stopped")]  # fmt: skip
+    assert sizes[0] == sizes[1]
 
 
 def test_a_plot_that_fails_costs_nothing_but_itself(tmp_path, trained, monkeypatch, capsys):
@@ -496,13 +529,11 @@ def after_training(monkeypatch, act, seed=1) -> None:
     monkeypatch.setattr(train, "train", training)
 
 
-def test_a_model_that_is_moved_away_during_the_run_takes_no_rows_with_it(tmp_path, trained, monkeypatch):
+@pytest.mark.parametrize("flags", [(), ("--costs",)])
+def test_a_model_that_is_moved_away_during_the_run_takes_no_rows_with_it(flags, tmp_path, trained, monkeypatch):
     after_training(monkeypatch, lambda: (tmp_path / "models/digits_model.bin").unlink())
-    assert run_digits(tmp_path, *BRIEF, "--seeds", "2") == 0
+    assert run_digits(tmp_path, *BRIEF, "--seeds", "2", *flags) == 0
     assert {row["seed"] for row in read_rows(tmp_path)} == {"0", "1"}
-    with pytest.raises(FileNotFoundError, match=r"digits_model\.bin"):  # whose costs are asked for
-        run_digits(tmp_path, *BRIEF, "--seed", "1", "--seeds", "2", "--costs")
-    assert {row["seed"] for row in read_rows(tmp_path)} == {"1", "2"}
 
 
 def test_a_folder_that_was_removed_is_made_again_for_the_rows(tmp_path, trained, monkeypatch):
@@ -523,6 +554,15 @@ def test_rows_whose_folder_takes_no_files_are_written_elsewhere(tmp_path, traine
     rescued = Path(str(caught.value).rpartition("the rows are in ")[2])
     assert {row.seed for row in read_csv(rescued)} == {0, 1, 2}
     assert capsys.readouterr().err.count("a stopped run would do this seed again") == 2
+
+
+def test_a_rank_that_cannot_hand_over_its_rows_fails(tmp_path, trained, monkeypatch):
+    for name, value in (("TORCHELASTIC_RUN_ID", "none"), ("WORLD_SIZE", "2"), ("RANK", "1")):
+        monkeypatch.setenv(name, value)
+    path = tmp_path / "plots/digits_accuracy_sparsity_seed_1.unfinished"
+    after_training(monkeypatch, lambda: path.mkdir(parents=True))
+    with pytest.raises(OSError, match=path.name):
+        run_digits(tmp_path, *BRIEF, "--seeds", "2")
 
 
 def test_two_ranks_write_what_one_process_writes(tmp_path):

@@ -215,6 +215,16 @@ def test_table_says_what_the_rows_hold_in_120_columns():
     assert all(f"{name}: accuracy %" in full for name in utils.NAMES.values())
 
 
+def test_against_weights_fine_tuned_networks_stand_for_those_that_were_not(monkeypatch):
+    """A row's weights are those of the network that was fine-tuned."""
+    shown = []
+    monkeypatch.setattr(utils, "label_ends", lambda panel: shown.append(panel.get_legend_handles_labels()[1]))
+    for finetuned in (False, True):
+        utils.plot_accuracy_weights(make_rows(finetuned=finetuned), "a title")
+    plain, tuned = ({name for name in names if "weights" in name} for names in shown[::2])
+    assert (plain, tuned) == ({"weights"}, {"weights, fine-tuned"})
+
+
 # ── files ──
 
 

@@ -214,16 +214,17 @@ def test_two_runs_at_once_both_end_well(tmp_path):
 
 
 def be_one_of_two(**rank: str) -> None:
-    os.environ |= {"WORLD_SIZE": "2", **rank}
+    os.environ |= {"WORLD_SIZE": "2", "RANK": "0", **rank}
 
 
 def test_a_rank_that_stays_alone_ends_and_says_that_it_has_not_reported(tmp_path):
     without = Run(tmp_path / "without", "--seeds", "2", faults=(be_one_of_two,))  # of what is not torchrun
-    first = Run(tmp_path / "run", "--seeds", "2", faults=(functools.partial(be_one_of_two, RANK="0"),))
+    torchrun = functools.partial(be_one_of_two, TORCHELASTIC_RUN_ID="none")
+    first = Run(tmp_path / "run", "--seeds", "2", faults=(torchrun,))
     assert (without.end(), first.end()) == (0, 0)
     assert (tmp_path / "without" / CSV).exists()
-    assert "the rank that ends last reports" in first.output and not (tmp_path / "run" / CSV).exists()
-    last = Run(tmp_path / "run", "--seeds", "2", faults=(functools.partial(be_one_of_two, RANK="1"),))
+    assert "the one that ends last reports" in first.output and not (tmp_path / "run" / CSV).exists()
+    last = Run(tmp_path / "run", "--seeds", "2", faults=(functools.partial(torchrun, RANK="1"),))
     assert last.end() == 0
     assert len(read_rows(tmp_path / "run" / CSV)) == 8 and "dense: " in last.output
 
