@@ -72,7 +72,7 @@ def shrink(model: nn.Module) -> nn.Module:
 def _links(model: nn.Module) -> list[tuple[Any, Any]]:
     """Each Linear layer of an MLP with what stands between it and the following one, and that one; or ValueError."""
     cure = "Torch-Pruning (pip install torch-pruning) cuts convolutional, residual and attention networks"
-    cure += "; computed weights can be made permanent (torch.nn.utils.prune.remove)"
+    cure += "; an MLP's class needs a chain(); torch.nn.utils.prune.remove makes computed weights permanent"
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     names = {module: name for name, module in model.named_modules()}

@@ -71,7 +71,7 @@ class Config:
     batch_size: int | None = _flag("training", None, "images a step (default: MNIST 512, digits 64)", type=_from_1)
     label_smoothing: float = _flag("training", 0.1, "share of a target spread over all classes", type=_fraction)
     unit_lasso: float = _flag("training", 0.0, "pull of a group lasso on the norms of hidden units", type=_not_negative)
-    every_k: bool = _flag("training", False, "half of the steps go through a randomly pruned network")
+    every_k: bool = _flag("training", False, "half of the steps go through the network, pruned to a random k")
 
     finetune_epochs: int = _flag("pruning", 0, "epochs to retrain each pruned network", type=_from_0)
     finetune_learning_rate: float = _flag("pruning", 3e-3, "its peak, times the share pruned", type=_positive)

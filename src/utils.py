@@ -125,8 +125,9 @@ def format_facts(rows: Sequence[Row]) -> str:
         for find, verb, otherwise in ((flat_until, "flat up to", "nowhere flat"), (bend, "bends at", "")):
             k, *ks = (find(own[name], own_dense) or 0 for own, own_dense in found)  # of the mean; of every seed
             ends = dict.fromkeys(digits(end) if end else "none" for end in (min(ks), max(ks)))
-            spread = f" [seeds: {' to '.join(ends)}]" if len(ks) > 1 else ""
-            facts.append(f"{verb} k = {digits(k)} %{spread}" if k else otherwise)
+            spread = f" [seeds: {' to '.join(ends)}]" if len(ks) > 1 and any(ks) else ""
+            found_at = f"{verb} k = {digits(k)} %" if k else otherwise
+            facts.append(found_at and found_at + spread)
         lines.append(f"{name}: {'; '.join(filter(None, facts))}")
     return "\n".join(lines)
 

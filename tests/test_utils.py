@@ -190,7 +190,7 @@ def test_facts_of_several_seeds_have_their_range():
     assert utils.format_facts(rows).splitlines() == [
         "dense: 97.00 %; flat: no more than 0.5 points below",
         "weights: flat up to k = 60 % [seeds: none to 80]; bends at k = 90 % [seeds: 90]",
-        "units: nowhere flat; bends at k = 60 % [seeds: 60 to 80]",
+        "units: nowhere flat [seeds: none to 50]; bends at k = 60 % [seeds: 60 to 80]",
     ]
 
 
