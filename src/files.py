@@ -30,7 +30,7 @@ def output(config: Config, name: str) -> Path:
 
 def result_files(config: Config) -> list[Path]:
     """What in the output folders is named as a run's files are."""
-    names = ("model.bin", "model.json", "unit_*.bin", "weight_*.bin", "accuracy_*.csv", "accuracy_*.[ps]*", "cost_*.*")
+    names = ("model.bin", "model.json", "unit_*.bin", "weight_*.bin", "accuracy_*.*", "cost_*.*")
     patterns = [output(config, name) for name in names]
     return sorted(path for pattern in patterns for path in pattern.parent.glob(pattern.name))
 
@@ -38,7 +38,8 @@ def result_files(config: Config) -> list[Path]:
 def outdated(config: Config) -> list[Path]:
     """Result files that are older than the network, or the rows, beside which they lie."""
     made, rows = output(config, "model.bin"), output(config, "accuracy_sparsity.csv")
-    pairs = [(path, made if path.suffix in (".bin", ".json") else rows) for path in result_files(config)]
+    finished = [path for path in result_files(config) if path.suffix != ".unfinished"]
+    pairs = [(path, made if path.suffix in (".bin", ".json") else rows) for path in finished]
     return [path for path, new in pairs if new.exists() and path.stat().st_mtime < new.stat().st_mtime]
 
 

@@ -54,9 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     rank, ranks = system.torchrun_rank()  # ranks share the seeds
     seeds = range(config.seed, config.seed + config.seeds)
-    done = {seed: files.read_progress(config, seed) for seed in seeds}  # by a run that was stopped
-    first = None
+    done, first = dict[int, list[Row]](), None
     for seed in seeds[rank::ranks]:
+        done[seed] = files.read_progress(config, seed)  # of a run that was stopped
         if not done[seed]:
             torch.manual_seed(seed)
             model = NeuralNetwork().to(device) if config.model is None else files.load_model(config.model).to(device)
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             files.write_progress(config, seed, done[seed])
             first = model if seed == config.seed else first
 
-    done = {seed: rows or files.read_progress(config, seed) for seed, rows in done.items()}
+    done = {seed: done.get(seed) or files.read_progress(config, seed) for seed in seeds}
     if not all(done.values()):
         say("other ranks are not done: the one that ends last reports")
         return 0
@@ -94,13 +94,11 @@ def check_outputs(config: Config) -> None:
         probe = folder / f".{os.urandom(8).hex()}.tmp"
         system.write_file(probe, b"")
         probe.unlink()
-    unfinished = [files.progress_path(config, config.seed + number) for number in range(config.seeds)]
-    for path in (*files.result_files(config), *unfinished):
+    for path in files.result_files(config):
         if path.exists() and not path.is_file():
             raise FileExistsError(f"{path} is in the way: a folder or device, not a file")
-    if config.model is not None and config.model.resolve() in [
-        files.kept_path(config, *kept).resolve() for kept in config.keep
-    ]:
+    kept = [files.kept_path(config, *which).resolve() for which in config.keep]
+    if config.model is not None and config.model.resolve() in kept:
         raise FileExistsError(f"--keep would overwrite {config.model}, which --model reads: choose another --models")
 
 
