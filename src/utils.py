@@ -125,9 +125,9 @@ def format_facts(rows: Sequence[Row]) -> str:
         for find, verb, otherwise in ((flat_until, "flat up to", "nowhere flat"), (bend, "bends at", "")):
             k, *ks = (find(own[name], own_dense) or 0 for own, own_dense in found)  # of the mean; of every seed
             ends = dict.fromkeys(digits(end) if end else "none" for end in (min(ks), max(ks)))
-            spread = f" [seeds: {' to '.join(ends)}]" if len(ks) > 1 and any(ks) else ""
-            found_at = f"{verb} k = {digits(k)} %" if k else otherwise
-            facts.append(found_at and found_at + spread)
+            fact = f"{verb} k = {digits(k)} %" if k else otherwise
+            spread = f" [seeds: {' to '.join(ends)}]" if fact and len(ks) > 1 and any(ks) else ""
+            facts.append(fact + spread)
         lines.append(f"{name}: {'; '.join(filter(None, facts))}")
     return "\n".join(lines)
 
@@ -201,10 +201,8 @@ def plot_accuracy_weights(rows: Sequence[Row], title: str, published: Sequence[P
     sizes = [row.weights_kept for row in rows] + [weights for _, weights, _ in published]
     none = 10 ** np.floor(np.log10(min(filter(None, sizes), default=1) / 2))  # a logarithmic axis has no place for 0
     found, dense = curves(rows), dense_accuracy(rows)
-    found = {
-        name: curve for name, curve in found.items() if name + FINETUNED not in found
-    }  # the networks of these sizes
-    figure, _, whole = _plot_accuracy(found, dense, title, lambda curve: np.maximum(curve.weights, none), published)
+    shown = {name: curve for name, curve in found.items() if name + FINETUNED not in found}  # of these sizes
+    figure, _, whole = _plot_accuracy(shown, dense, title, lambda curve: np.maximum(curve.weights, none), published)
     log_axis(whole, "x")
     if 0 in sizes:
         whole.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value > 1.01 * none else "none")
@@ -213,9 +211,7 @@ def plot_accuracy_weights(rows: Sequence[Row], title: str, published: Sequence[P
     return figure
 
 
-def _plot_accuracy(
-    found: dict[str, Curve], dense: float, title: str, x: Callable[[Curve], np.ndarray], published: Any = ()
-) -> Any:
+def _plot_accuracy(found: dict[str, Curve], dense: float, title: str, x: Callable, published: Any = ()) -> Any:
     """Every curve at its x, (points, seeds or 1), in two panels: close to dense, and the whole range."""
     seeds = max(curve.values.shape[1] for curve in found.values())
     spread = "thin: each" if seeds <= MANY_SEEDS else "pale: lowest to highest"
