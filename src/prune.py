@@ -133,6 +133,9 @@ def find_masks(
     if not isinstance(generator, torch.Generator | None):
         raise TypeError(f"generator must be a torch.Generator, got {generator!r}")
     generator = generator or torch.Generator("cpu").manual_seed(torch.initial_seed())  # of its own, for threads' sake
+    # The numbers of that seed may be those of the weights: what is drawn from it seeds other ones.
+    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    generator = torch.Generator("cpu").manual_seed(seed)
     weights, doubts = _chosen(model, skip, prune_output, only)
     masks: dict[str, Tensor] = {}
     for group in [weights] if scope == "global" else [[weight] for weight in weights]:
@@ -241,11 +244,9 @@ def sweep(
     if not (isinstance(sparsities, Iterable) and callable(score) and callable(retrain or score)):
         got = f"{sparsities!r}, {score!r} and {retrain!r}"
         raise TypeError(f"sparsities must be several numbers in [0, 1], score and retrain must be functions, got {got}")
-    points, seed = [], None
-    if isinstance(generator, torch.Generator):
-        seed = int(torch.randint(2**62, (), generator=generator.clone_state(), device=generator.device))
+    points = []
     for sparsity in [_fraction(sparsity) for sparsity in sparsities]:
-        again = generator if seed is None else torch.Generator("cpu").manual_seed(seed)
+        again = generator.clone_state() if isinstance(generator, torch.Generator) else generator
         masks = find_masks(model, method, sparsity, scope=scope, generator=again, **options)
         pruned = copy.deepcopy(model).eval()
         apply_masks(pruned, masks)

@@ -739,6 +739,16 @@ def test_random_masks_spread_evenly() -> None:
     assert kept.min() > 60 and kept.max() < 140
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_random_masks_do_not_follow_weights_of_the_same_seed(given: bool) -> None:
+    """The weights were made of the first numbers of that seed, and so would the scores be."""
+    torch.manual_seed(7)
+    model = nn.Linear(1000, 500, bias=False)  # uniform in ±0.032, half a million of them
+    generator = torch.Generator().manual_seed(7) if given else None
+    mask = prune.find_masks(model, "random_weight", 0.5, generator=generator, prune_output=True)["weight"]
+    assert abs(model.weight[mask].mean()) < 2e-4  # five standard errors; by those numbers it is 0.016
+
+
 # a criterion of the user's own
 
 
