@@ -61,7 +61,7 @@ class NeuralNetwork(nn.Module):
                 raise ValueError(f"{name} must be a floating-point matrix (out, in)")
             if weight.layout != torch.strided or weight.is_meta or weight.untyped_storage().nbytes() < weight.nbytes:
                 raise ValueError(f"{name} repeats few values many times, or is sparse or meta: it must hold all values")
-            if not weight.isfinite().all():
+            if not weight.double().isfinite().all():  # float8 has no test of its own
                 raise ValueError(f"{name} has NaN or infinite weights")
         shapes = [tuple(state[name].shape) for name in names]  # (out, in)
         if any(below[0] != above[1] for below, above in pairwise(shapes)):

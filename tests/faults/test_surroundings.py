@@ -414,6 +414,12 @@ NO_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
 }  # fmt: skip
 
 
+def test_weights_of_eight_bits_are_a_model_as_well(tmp_path):
+    state = {name: weight.to(torch.float8_e4m3fn) for name, weight in NeuralNetwork((784, 30, 10)).state_dict().items()}
+    torch.save(state, tmp_path / "model.bin")
+    assert main(tmp_path, "--model", str(tmp_path / "model.bin")) == 0
+
+
 @pytest.mark.parametrize("kind", NO_MODELS)
 def test_a_bad_model_file_is_told_in_one_line(kind, tmp_path, capsys):
     path, (write, words) = good_model(tmp_path), NO_MODELS[kind]
