@@ -53,24 +53,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     announce(dataset, config)
 
     rank, ranks = system.torchrun_rank()  # ranks share the seeds
-    seeds = range(config.seed, config.seed + config.seeds)
-    done, first = dict[int, list[Row]](), None
+    seeds, done = range(config.seed, config.seed + config.seeds), dict[int, list[Row]]()
     for seed in seeds[rank::ranks]:
         done[seed] = files.read_progress(config, seed)  # of a run that was stopped
         if not done[seed]:
             torch.manual_seed(seed)
-            model = NeuralNetwork().to(device) if config.model is None else files.load_model(config.model).to(device)
             if config.model is None:
-                train(model, dataset, config, seed)
-            done[seed] = [row for method in config.methods for row in sweep(model, method, dataset, config, seed)]
+                model = NeuralNetwork().to(device)
+                train(model, dataset, config, seed)  # by an Engine, epoch after epoch
+            else:
+                model = files.load_model(config.model).to(device)
+            for method in config.methods:
+                done[seed] += sweep(model, method, dataset, config, seed)  # through prune.py's masks at every k
             files.write_progress(config, seed, done[seed])
-            first = model if seed == config.seed else first
-
     done = {seed: done.get(seed) or files.read_progress(config, seed) for seed in seeds}
     if not all(done.values()):
         say("other ranks are not done: the one that ends last reports")
         return 0
-    return report([row for rows in done.values() for row in rows], first, dataset, config)
+
+    rows, text = [row for seed in seeds for row in done[seed]], title(dataset, config)
+    say(f"{utils.format_table(rows)}\n{utils.format_facts(rows)}")
+    utils.write_csv(files.output(config, "accuracy_sparsity.csv"), rows)
+    published = utils.LENET_300_100 if config.finetune_epochs and dataset.name == "mnist" else ()  # retrained as well
+    drawn = draw(config, "accuracy_sparsity", utils.plot_accuracy_sparsity, rows, text)
+    drawn &= draw(config, "accuracy_weights", utils.plot_accuracy_weights, rows, text, published)
+    if config.costs:
+        drawn &= report_costs(rows, text, dataset, config)
+    return finish(drawn, dataset, config)
 
 
 # ── before training ──
@@ -189,21 +198,21 @@ def pruning(config: Config) -> dict[str, Any]:
 # ── results ──
 
 
-def report(rows: list[Row], first: nn.Module | None, dataset: Dataset, config: Config) -> int:
-    """CSV, table, facts and plots of all seeds, and the costs of the first network; returns the exit status."""
-    say(f"{utils.format_table(rows)}\n{utils.format_facts(rows)}")
-    utils.write_csv(files.output(config, "accuracy_sparsity.csv"), rows)
-    text = title(dataset, config)
-    published = utils.LENET_300_100 if config.finetune_epochs and dataset.name == "mnist" else ()  # retrained as well
-    drawn = draw(config, "accuracy_sparsity", utils.plot_accuracy_sparsity, rows, text)
-    drawn &= draw(config, "accuracy_weights", utils.plot_accuracy_weights, rows, text, published)
-    if config.costs:
-        model = first or files.load_model(config.model or files.output(config, "model.bin"))  # another run's, or rank's
-        own = [row for row in rows if row.seed == rows[0].seed and row.method in ("weight", "unit")]
-        costs = measure_costs(model.to(dataset.test_images.device), own, dataset.test_images, **pruning(config))
-        utils.write_csv(files.output(config, "cost_sparsity.csv"), costs)
-        say(format_costs(costs))
-        drawn &= draw(config, "cost_sparsity", plot_cost_sparsity, costs, text)
+def report_costs(rows: list[Row], text: str, dataset: Dataset, config: Config) -> bool:
+    """CSV, table and plot of what the first network costs when it is pruned; returns whether the plot was drawn."""
+    made = config.model or files.output(config, "model.bin")
+    if made.stat().st_mtime > files.progress_path(config, config.seed).stat().st_mtime:
+        raise ValueError(f"{made} was replaced while the run went on: its costs would be another network's")
+    model = files.load_model(made).to(dataset.test_images.device)
+    own = [row for row in rows if row.seed == rows[0].seed and row.method in ("weight", "unit")]
+    costs = measure_costs(model, own, dataset.test_images, **pruning(config))
+    utils.write_csv(files.output(config, "cost_sparsity.csv"), costs)
+    say(format_costs(costs))
+    return draw(config, "cost_sparsity", plot_cost_sparsity, costs, text)
+
+
+def finish(drawn: bool, dataset: Dataset, config: Config) -> int:
+    """Say what else the reader must know, and remove what a whole run needs no more; returns the exit status."""
     for path in files.outdated(config):
         say(f"{path} is of an earlier run")
     if dataset.fallback_reason:

@@ -529,11 +529,20 @@ def after_training(monkeypatch, act, seed=1) -> None:
     monkeypatch.setattr(train, "train", training)
 
 
-@pytest.mark.parametrize("flags", [(), ("--costs",)])
-def test_a_model_that_is_moved_away_during_the_run_takes_no_rows_with_it(flags, tmp_path, trained, monkeypatch):
-    after_training(monkeypatch, lambda: (tmp_path / "models/digits_model.bin").unlink())
-    assert run_digits(tmp_path, *BRIEF, "--seeds", "2", *flags) == 0
+def test_a_model_that_is_moved_away_during_the_run_takes_no_rows_with_it(tmp_path, trained, monkeypatch):
+    after_training(monkeypatch, (tmp_path / "models/digits_model.bin").unlink)
+    assert run_digits(tmp_path, *BRIEF, "--seeds", "2") == 0
     assert {row["seed"] for row in read_rows(tmp_path)} == {"0", "1"}
+
+
+@pytest.mark.parametrize(("change", "error"), [("unlink", FileNotFoundError), ("touch", ValueError)])
+def test_costs_are_of_no_network_that_took_the_place_of_the_first(change, error, tmp_path, trained, monkeypatch):
+    path = tmp_path / "models/digits_model.bin"
+    after_training(monkeypatch, getattr(path, change))
+    with pytest.raises(error, match=r"digits_model\.bin"):
+        run_digits(tmp_path, *BRIEF, "--seeds", "2", "--costs")
+    assert {row["seed"] for row in read_rows(tmp_path)} == {"0", "1"}
+    assert not (tmp_path / "plots/digits_cost_sparsity.csv").exists()
 
 
 def test_a_folder_that_was_removed_is_made_again_for_the_rows(tmp_path, trained, monkeypatch):
