@@ -268,9 +268,10 @@ def test_costs_and_kept_networks(tmp_path, capsys, monkeypatch):
     for name in ("models/digits_unit_60.bin", "plots/digits_cost_sparsity.csv", "plots/digits_cost_sparsity.png"):
         assert f"{tmp_path / name} is of an earlier run" in out
     assert out.count("earlier") == 4
-    (tmp_path / "models/digits_unit_60.bin").unlink()
-    (tmp_path / "models/digits_weight_90.bin").unlink()
-    assert run_digits(tmp_path, "--k", "90", "--model", str(tmp_path / "models/digits_model.bin")) == 0
+    again = ("--k", "90", "--model", str(tmp_path / "models/digits_model.bin"))
+    assert run_digits(tmp_path, *again, "--costs") == 0  # which are newer than the network
+    assert "cost_sparsity.csv is of" not in capsys.readouterr().out
+    assert run_digits(tmp_path, *again) == 0
     assert len(re.findall(r"cost_sparsity.\w+ is of an earlier run", capsys.readouterr().out)) == 2
 
 
@@ -433,6 +434,10 @@ def test_a_seed_is_done_again_if_its_networks_are_gone_or_the_code_has_changed(t
         assert run_digits(tmp_path, *flags) == 0
         assert trained == [0, 1] and (tmp_path / "models" / name).exists()
         trained.clear()
+    stop_before(1, tmp_path, trained, *flags)
+    assert run_digits(tmp_path, *flags, "--keep", "weight:50") == 0  # which was not kept before
+    assert trained == [0, 1] and (tmp_path / "models/digits_weight_50.bin").exists()
+    trained.clear()
     stop_before(1, tmp_path, trained, *flags)
     shutil.copytree(ROOT / "src", tmp_path / "src")
     (tmp_path / "src/model.py").write_text("# changed")
