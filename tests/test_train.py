@@ -471,6 +471,18 @@ def test_a_plot_that_fails_costs_nothing_but_itself(tmp_path, trained, monkeypat
     assert not [name for name in files(tmp_path) if "unfinished" in name]
 
 
+@small
+def test_rows_of_a_model_file_are_not_taken_for_those_of_its_successor(tmp_path, monkeypatch):
+    path, rows = tmp_path / "model.bin", []
+    monkeypatch.setattr(utils, "plot_accuracy_sparsity", lambda *_: 1 / 0)  # so that they are kept
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        torch.save(SmallNetwork().state_dict(), path)
+        assert run_digits(tmp_path, "--k", "50", "--model", str(path)) == 1
+        rows.append(read_rows(tmp_path))
+    assert rows[0] != rows[1]
+
+
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "cut short": lambda data: data[:-10], "empty": lambda data: b"", "not text": lambda data: b"\xff" + data,
     "another number": lambda data: data.replace(b"1", b"2", 1), "nested": lambda data: b"[" * 10**6,

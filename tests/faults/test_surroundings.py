@@ -410,6 +410,7 @@ NO_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "another layer": (lambda path: spoil(path, **{"conv.weight": torch.ones(1, 1, 3, 3)}), "expected fc1.weight"),
     "a name with control characters": (lambda path: spoil(path, **{"\x1b[31mred\n": torch.ones(1)}), "x1b[31mred"),
     "another width": (lambda path: spoil(path, **{"fc2.weight": torch.ones(7, 30)}), "from 784 to 7 values"),
+    "another input": (lambda path: spoil(path, **{"fc1.weight": torch.ones(30, 100)}), "from 100 to 10 values"),
     "compressed, of a list": (lambda path: path.write_bytes(b"\x1f\x8b" + bytes(100)), "is damaged, not from"),
 }  # fmt: skip
 
