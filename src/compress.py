@@ -135,9 +135,9 @@ def to_sparse(model: nn.Module) -> nn.Module:
 class SparseLinear(nn.Linear):
     """A Linear layer for inference that multiplies by its non-zero weights only; `to_sparse` makes it.
 
-    Features lie in rows, features x images, so that a weight scales a contiguous row. A chain cuts 256 images into
-    parts of 64 and repeats W (out, in) for each, as blocks of a diagonal matrix: what a thread reads stays in the cache
-    of its core, and the next layer takes the parts as they are, 1.5 to 2 times as fast as with turns in between.
+    Features lie in rows, features x images, so that a weight scales a contiguous row. 256 images are cut into parts of
+    64, and W (out, in) is repeated for each, as blocks of a diagonal matrix: what a thread reads stays in the cache of
+    its core. In a chain the next layer takes the parts as they are, 1.2 to 1.5 times as fast as turned in between.
     """
 
     def __init__(self, layer: Any) -> None:
@@ -147,14 +147,20 @@ class SparseLinear(nn.Linear):
         rows, columns = layer.weight.nonzero(as_tuple=True)  # (nonzero,), row by row
         starts = torch.searchsorted(rows, torch.arange(self.out_features, device=rows.device))  # (out,)
         part = torch.arange(PARTS, device=rows.device).unsqueeze(1)
-        self.values = nn.Parameter(layer.weight.detach()[rows, columns].repeat(PARTS, 1))  # (parts, nonzero)
-        self.columns = nn.Buffer((columns + self.in_features * part).int())  # (parts, nonzero)
-        self.starts = nn.Buffer((starts + len(rows) * part).int())  # (parts, out)
+        self.values = nn.Parameter(layer.weight.detach()[rows, columns].repeat(PARTS))  # (parts * nonzero,)
+        self.columns = nn.Buffer((columns + self.in_features * part).int().flatten())  # (parts * nonzero,)
+        self.starts = nn.Buffer((starts + len(rows) * part).int().flatten())  # (parts * out,)
+
+    def tables(self, parts: int) -> list[Tensor]:
+        """Columns, starts and values for so many parts."""
+        tables = [self.columns, self.starts, self.values]
+        return tables if parts == PARTS else [table[: len(table) * parts // PARTS] for table in tables]
 
     def csr(self) -> Tensor:
         """(out_features, in_features), made at every call: torch cannot copy such tensors."""
-        starts = self.starts.flatten()[: self.out_features + 1]  # where part 1 starts, part 0 ends
-        return torch.sparse_csr_tensor(starts, self.columns[0], self.values[0], (self.out_features, self.in_features))
+        starts, end = self.starts[: self.out_features + 1], len(self.values) // PARTS  # part 0 ends where 1 starts
+        size = self.out_features, self.in_features
+        return torch.sparse_csr_tensor(starts, self.columns[:end], self.values[:end], size)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -167,12 +173,12 @@ class SparseLinear(nn.Linear):
         if len(images) > PARTS * WIDTH:
             outputs = [self.forward(some, *following) for some in images.split(PARTS * WIDTH)]
             return torch.cat(outputs).unflatten(0, input.shape[:-1])
-        parts = max(1, -(-len(images) // WIDTH)) if following else 1  # one by itself need not be turned back
+        parts = max(1, -(-len(images) // WIDTH))
         autocast = torch.is_autocast_enabled(input.device.type)  # which would multiply in a type that has no kernel
         few = len(images) < FEW and images.dtype in (torch.float32, torch.float64) and not autocast
         padding = 0 if few else -len(images) % (2 * parts)  # sums of rows of one value take twice as long as of two
         padded = nn.functional.pad(images, (0, 0, 0, padding)) if padding else images
-        blocks = padded.unflatten(0, (parts, -1)).transpose(1, 2).contiguous().flatten(0, 1)  # (parts * in, width)
+        blocks = _turned(padded.unflatten(0, (parts, -1))).flatten(0, 1)  # (parts * in, width)
         for layer in (self, *following):
             if type(layer) is nn.ReLU:  # memory that is new costs more than the sums
                 blocks.relu_()
@@ -181,15 +187,23 @@ class SparseLinear(nn.Linear):
             elif few:  # by a vector the product is faster still
                 blocks = (layer.csr() @ blocks.squeeze(1)).view(layer.out_features, -1)
             else:  # the kernel sums weighted rows, several times faster than a CSR product
-                tables = layer.columns, layer.starts, layer.values
-                columns, starts, values = (table[:parts].flatten() for table in tables)
-                blocks = nn.functional.embedding_bag(columns, blocks, starts, mode="sum", per_sample_weights=values)
+                columns, starts, values = layer.tables(parts)
+                blocks = torch.embedding_bag(blocks, columns, starts, per_sample_weights=values, mode=0)[0]  # 0: sum
             if isinstance(layer, SparseLinear) and layer.bias is not None:
                 blocks.view(parts, layer.out_features, -1).add_(layer.bias.unsqueeze(1))
-        output = blocks.unflatten(0, (parts, -1)).transpose(1, 2).flatten(0, 1)[: len(images)]  # (B, out)
+        output = _turned(blocks.unflatten(0, (parts, -1))).flatten(0, 1)[: len(images)]  # (B, out)
         if autocast and output.dtype != torch.float64:
             output = output.to(torch.get_autocast_dtype(input.device.type))
         return output.reshape(*input.shape[:-1], output.shape[1])
+
+
+def _turned(matrices: Tensor) -> Tensor:
+    """Matrices (n, a, b) as (n, b, a): a channel shuffle, by SIMD, takes half the time of torch's other ways."""
+    n, a, b = matrices.shape
+    if a <= 1 or b <= 1:
+        return matrices.reshape(n, b, a)
+    channels = matrices.contiguous().as_strided((n, a * b, 1, 1), (a * b, 1, a * b, a * b))
+    return nn.functional.channel_shuffle(channels, a).reshape(n, b, a)
 
 
 def _forward_chain(chain: list[Any], features: Tensor) -> Tensor:

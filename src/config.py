@@ -95,11 +95,7 @@ def without_effect(config: Config) -> list[str]:
 
 
 def changed(config: Config) -> list[str]:
-    """The settings of training and pruning that have an effect and are not the defaults, in words.
-
-    >>> changed(Config(learning_rate=0.01, skip=("fc1", "fc2"), prune_output=True))
-    ['learning rate 0.01', 'skip fc1 fc2', 'prune output']
-    """
+    """The settings of training and pruning that have an effect and are not the defaults, in words."""
     defaults, words = replace(Config(), batch_size=BATCH_SIZE.get(config.dataset)), []
     for name in (setting.name for setting in fields(Config) if setting.metadata["group"] in ("training", "pruning")):
         value = getattr(config, name)

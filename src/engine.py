@@ -23,7 +23,7 @@ DIVERGED = 1000.0  # nats: the right class at e^-1000, on average over an epoch;
 
 @dataclass(eq=False)
 class Engine:
-    """Trains and evaluates a classifier; TypeError or ValueError for a setting of another type or out of range.
+    """Trains and evaluates a classifier; TypeError: no model; ValueError: a setting out of range.
 
     >>> model, batches = nn.Linear(2, 2), [(torch.eye(2), torch.tensor([0, 1]))]
     >>> engine = Engine(model, torch.optim.SGD(model.parameters(), lr=0.1))
@@ -45,9 +45,8 @@ class Engine:
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        if not isinstance(self.model, nn.Module) or not isinstance(self.precision, torch.dtype):
-            given = f"{type(self.model).__name__} and {self.precision!r}"
-            raise TypeError(f"expected a torch.nn.Module and a torch.dtype, such as torch.bfloat16, got {given}")
+        if not isinstance(self.model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(self.model).__name__}")
         if not (0 <= self.label_smoothing <= 1 and self.unit_lasso >= 0):
             given = f"{self.label_smoothing} and {self.unit_lasso}"
             raise ValueError(f"label_smoothing must be in [0, 1] and unit_lasso >= 0, got {given}")

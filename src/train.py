@@ -37,12 +37,7 @@ bar = partial(tqdm, leave=False, disable=None)  # None: only on a terminal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train, prune at every k, measure, plot; return the exit status, 1 if a plot could not be drawn.
-
-    Raises:
-        SystemExit: 2 for a bad setting, 0 after `--help`.
-        OSError, ValueError, FloatingPointError: the job cannot be done.
-    """
+    """Train, prune at every k, plot; return the exit status. SystemExit, OSError, ValueError, FloatingPointError."""
     config = parse_config(argv)
     device = pick_device(config.device)
     dataset = load(config.dataset, config.inputs, holdout=config.holdout, device=device)

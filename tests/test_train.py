@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 
 import compress
 import costs
-import files as run_files
 import prune
 import train
 import utils
@@ -426,7 +425,7 @@ def test_costs_and_kept_networks_are_of_the_first_seed(tmp_path, trained):
     assert kept["accuracy_percent"] == pytest.approx(float(read_rows(tmp_path)[3]["accuracy_percent"]), abs=1e-3)
 
 
-def test_a_seed_is_done_again_if_its_networks_are_gone_or_the_code_has_changed(tmp_path, trained, monkeypatch):
+def test_a_seed_is_done_again_if_its_networks_are_gone(tmp_path, trained):
     flags = (*BRIEF, "--keep", "unit:50", "--seeds", "2")
     for name in ("digits_model.bin", "digits_unit_50.bin"):
         stop_before(1, tmp_path, trained, *flags)
@@ -437,13 +436,6 @@ def test_a_seed_is_done_again_if_its_networks_are_gone_or_the_code_has_changed(t
     stop_before(1, tmp_path, trained, *flags)
     assert run_digits(tmp_path, *flags, "--keep", "weight:50") == 0  # which was not kept before
     assert trained == [0, 1] and (tmp_path / "models/digits_weight_50.bin").exists()
-    trained.clear()
-    stop_before(1, tmp_path, trained, *flags)
-    shutil.copytree(ROOT / "src", tmp_path / "src")
-    (tmp_path / "src/model.py").write_text("# changed")
-    monkeypatch.setattr(run_files, "__file__", str(tmp_path / "src/files.py"))
-    assert run_digits(tmp_path, *flags) == 0
-    assert trained == [0, 1]
 
 
 def test_costs_of_a_seed_that_is_done_are_those_of_the_saved_network(tmp_path, trained):
