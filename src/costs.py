@@ -33,10 +33,7 @@ class CostRow:
 
 
 def measure_costs(model: nn.Module, rows: Sequence[Row], images: Tensor, **pruning: Any) -> list[CostRow]:
-    """Measure what the network of every row costs in each form that suits it, at each batch size, all in turns.
-
-    `pruning` is how: `scope`, `skip`, … of `prune_model`. `images` are (256 or more, …), on the model's device.
-    """
+    """Measure the network of every row, pruned as `pruning` says, in each form that suits it, at each batch size."""
     turns: list[tuple[CostRow, nn.Module, list[Any]]] = []
     dense_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
     for row in rows:
