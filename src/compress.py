@@ -282,7 +282,7 @@ def _read(content: bytes, limit: float) -> tuple[Values, Values]:
 
 
 def latency(model: nn.Module, batch: Tensor, min_run_time: float = 0.5) -> "torch.utils.benchmark.Measurement":
-    """Time inference in the model's mode for so many seconds: ``.median`` and ``.iqr`` (of quartiles), seconds a batch."""
+    """Time inference in the model's mode for so many seconds: ``.median``, ``.iqr`` (of quartiles), seconds a batch."""
     from torch.utils.benchmark import Timer  # slow to import, and only measurements need it
 
     timer = Timer("model(batch)", globals={"model": model, "batch": batch}, num_threads=torch.get_num_threads())
