@@ -84,17 +84,20 @@ def _links(model: nn.Module) -> list[tuple[Any, Any]]:
     parameters = [parameter for module in chain for parameter in module.parameters()]
     if len(set(parameters)) < len(parameters):
         raise ValueError("layers share parameters: no unit of one can go without that of the other")
+    if any(chain[start].out_features != chain[end].in_features for start, end in pairwise(linear)):
+        raise ValueError("a Linear layer takes more than the outputs of the one before it")
     if wrong := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
         raise ValueError(f"{wrong[0]} has NaN or infinite values: removing units could hide them")
     return [(nn.Sequential(*chain[start:end]), chain[end]) for start, end in pairwise(linear)]
 
 
-def _chain(model: Any) -> list[Any]:
-    """The modules of a model in running order, nested chains laid flat; the model alone if it is none."""
+def _chain(model: Any, nested: bool = False) -> list[Any]:
+    """The modules of a model in running order, nested chains without hooks laid flat; the model alone if it is none."""
     own = callable(getattr(type(model), "chain", None))
-    if own or getattr(type(model), "forward", None) is nn.Sequential.forward:
-        return [leaf for module in (model.chain() if own else model) for leaf in _chain(module)]
-    return [model]
+    hooks = nested and (model._forward_hooks or model._forward_pre_hooks)
+    if hooks or not (own or getattr(type(model), "forward", None) is nn.Sequential.forward):
+        return [model]
+    return [leaf for module in (model.chain() if own else model) for leaf in _chain(module, nested=True)]
 
 
 def _is_plain(module: nn.Module, classes: set[type]) -> bool:
@@ -151,11 +154,6 @@ class SparseLinear(nn.Linear):
         self.columns = nn.Buffer((columns + self.in_features * part).int().flatten())  # (parts * nonzero,)
         self.starts = nn.Buffer((starts + len(rows) * part).int().flatten())  # (parts * out,)
 
-    def tables(self, parts: int) -> list[Tensor]:
-        """Columns, starts and values for so many parts."""
-        tables = [self.columns, self.starts, self.values]
-        return tables if parts == PARTS else [table[: len(table) * parts // PARTS] for table in tables]
-
     def csr(self) -> Tensor:
         """(out_features, in_features), made at every call: torch cannot copy such tensors."""
         starts, end = self.starts[: self.out_features + 1], len(self.values) // PARTS  # part 0 ends where 1 starts
@@ -186,7 +184,8 @@ class SparseLinear(nn.Linear):
             elif few:  # by a vector the product is faster still
                 blocks = (layer.csr() @ blocks.squeeze(1)).view(layer.out_features, -1)
             else:  # the kernel sums weighted rows, several times faster than a CSR product
-                columns, starts, values = layer.tables(parts)
+                full = layer.columns, layer.starts, layer.values
+                columns, starts, values = full if parts == PARTS else (t[: len(t) * parts // PARTS] for t in full)
                 blocks = torch.embedding_bag(blocks, columns, starts, per_sample_weights=values, mode=0)[0]  # 0: sum
             if isinstance(layer, SparseLinear) and layer.bias is not None:
                 blocks.view(parts, layer.out_features, -1).add_(layer.bias.unsqueeze(1))
@@ -220,8 +219,6 @@ def save_compressed(model_or_state_dict: Weights, path: str | Path | IO[bytes], 
 
     `path` may be a binary file object. `info` are plain values (str, int, float, list, dict, …) to keep with the
     weights. Raises: ValueError: what cannot be stored, before anything is written. OSError.
-
-    >>> save_compressed({"fc1": torch.eye(100)}, io.BytesIO(), info={"accuracy": 0.98})
     """
     state = model_or_state_dict.state_dict() if isinstance(model_or_state_dict, nn.Module) else model_or_state_dict
     state, content = copy.copy(state), io.BytesIO()  # copied with the versions that torch keeps in an attribute

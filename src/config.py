@@ -45,7 +45,7 @@ def _flag(group: str, default: Any, help: str, **keywords: Any) -> Any:
     elif isinstance(default, tuple):
         keywords |= {"nargs": "+", "action": "extend"}
     elif default is not None:
-        help = f"{help} (default: {default})"
+        help = f"{help} (default: {str(default).replace('%', '%%')})"
     return field(default=default, metadata={"group": group, "flag": {"help": help, **keywords}})
 
 
@@ -87,7 +87,7 @@ class Config:
 
 
 def without_effect(config: Config) -> list[str]:
-    """Settings that say nothing of a run's numbers: where it begins and ends, and with `--model` those of training."""
+    """Settings that are not compared: the range of seeds, and with `--model` those of training."""
     if config.model is None:
         return ["seed", "seeds"]
     shared = [] if config.finetune_epochs else ["batch_size", "weight_decay", "label_smoothing", "precision"]

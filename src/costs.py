@@ -54,13 +54,15 @@ def measure_costs(model: nn.Module, rows: Sequence[Row], images: Tensor, **pruni
 def break_even(costs: Sequence[CostRow], batch_size: int) -> tuple[float, float | None, str]:
     """Latency of dense kernels in ms, the smallest k in % from which on sparse ones are faster, if any, and words."""
     rows = [row for row in costs if row.batch_size == batch_size]
-    dense = float(np.median([row.latency_ms for row in rows if row.form == "dense" or row.k_percent == 0]))
+    unpruned = [row for row in rows if row.form == "dense" or (row.form, row.k_percent) == ("shrunk", 0)]
+    dense = float(np.median([row.latency_ms for row in unpruned]))
     if any(row.latency_iqr_ms > BUSY * row.latency_ms for row in rows if row.method == "weight"):
         return dense, None, "the machine is busy: no conclusion"
     times = {(row.form, row.k_percent): row.latency_ms for row in rows}
     slower = max((k for form, k in times if form == "sparse" and times[form, k] >= times["dense", k]), default=-1)
     found = min((k for form, k in times if form == "sparse" and k > slower), default=None)
-    return dense, found, "sparse kernels do not pay" if found is None else f"sparse kernels pay from k = {found:g} % on"
+    without = "sparse kernels do not pay" if "dense" in {row.form for row in rows} else ""  # units alone have none
+    return dense, found, without if found is None else f"sparse kernels pay from k = {found:g} % on"
 
 
 def format_costs(costs: Sequence[CostRow]) -> str:
@@ -78,7 +80,7 @@ def format_costs(costs: Sequence[CostRow]) -> str:
             faster = "busy" if best.latency_iqr_ms > BUSY * best.latency_ms else f"{dense_ms / best.latency_ms:.2f}"
             lines[-1] += f"{f'{best.form} {best.latency_ms:.3g}':>22}{faster:>10}"
     lines.append(f"dense file: {dense / 1e6:.2f} MB, {packed / 1e6:.2f} MB in gzip ({packed / dense:.1%})")
-    return "\n".join(lines + [f"batch {size}: {words}" for size, (_, _, words) in found.items()])
+    return "\n".join(lines + [f"batch {size}: {words}" for size, (_, _, words) in found.items() if words])
 
 
 def plot_cost_sparsity(costs: Sequence[CostRow], title: str) -> Any:

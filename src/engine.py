@@ -35,7 +35,7 @@ class Engine:
     optimizer: torch.optim.Optimizer | None = None  # over the model's parameters; needed for training alone
     _: KW_ONLY
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None  # stepped once a batch
-    # Of each step, None for a dense one. A step goes through the pruned weights and moves the dense ones: at the end
+    # Masks of each step, or None. A step goes through the pruned weights and moves the dense ones: at the end
     # `prune.apply_masks` prunes the model. `itertools.repeat(masks)` holds the same masks throughout.
     masks: Iterable[Masks | None] | None = None
     straight_through: bool = False  # pruned weights get a gradient as well, and may outgrow others (Guo et al. 2016)
@@ -81,7 +81,7 @@ class Engine:
             losses.append(loss.detach())
         accuracy, mean_loss = _accuracy(hits), torch.stack(losses).mean().item()
         if not (mean_loss < DIVERGED and all(weight.isfinite().all() for weight in self.model.parameters())):
-            raise FloatingPointError(f"diverged, with a mean loss of {mean_loss:.3g}: the learning rate is too high")
+            raise FloatingPointError(f"diverged, with a mean loss of {mean_loss:.3g}: try a lower learning rate")
         return accuracy
 
     @torch.inference_mode()
@@ -127,16 +127,17 @@ def _accuracy(hits: list[Tensor]) -> float:
     return int(torch.cat(hits).sum()) / samples
 
 
-def random_masks(model: nn.Module, steps: int, seed: int) -> Iterator[Masks | None]:
+def random_masks(model: nn.Module, steps: int, seed: int, **choice: Any) -> Iterator[Masks | None]:
     """Masks of every step, half of them None, for a network that is to stand every k.
 
     What is left, 0.5 % of weights or 2.5 % of units at least, is drawn on a log scale; its depth grows until half-time.
+    The other arguments are those of `prune.find_masks`.
     """
     draw = random.Random(seed)
     for step in range(steps):
         method, least = draw.choice((("weight", 0.005), ("unit", 0.025)))
         left = least ** (draw.random() * min(1.0, 2 * step / steps))
-        yield find_masks(model, method, 1 - left) if draw.random() < 0.5 else None
+        yield find_masks(model, method, 1 - left, **choice) if draw.random() < 0.5 else None
 
 
 def gradual_masks(model: nn.Module, method: str, sparsity: float, steps: int, **choice: Any) -> Iterator[Masks]:

@@ -113,7 +113,7 @@ def find_masks(
         sparsity: fraction in [0, 1]: exactly ``round(sparsity * n)`` weights or units go; more prune a superset.
         scope: "layer" ranks within each layer, "global" across all: best for the weights of convolutional networks.
         skip: names or patterns of layers to spare as well: ``("conv1", "body.*")``.
-        prune_output: prune the output layer, too: the prunable layer that was registered last, unless a warning comes.
+        prune_output: prune the output layer, too. It is the prunable layer registered last; a warning tells of doubts.
         only: names or patterns of parameters to prune instead: ``("lstm.weight_*",)``. Units need a class in `LAYERS`.
         generator: source of the random methods' numbers. None: they follow ``torch.manual_seed``, the same each time.
     Returns: masks by parameter name, such as "fc1.weight", True = keep. Unit methods also mask biases, if not shared.
@@ -207,7 +207,7 @@ def achieved_sparsity(
 
 
 class SweepPoint(NamedTuple):
-    """One point of a sweep: the sparsity asked for, the fraction of weights that became zero, what score returned."""
+    """The sparsity asked for, the fraction of weights that became zero, what score returned, also after retraining."""
 
     sparsity: float
     achieved: float
@@ -276,7 +276,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     with torch.no_grad():
         for count, batch in enumerate(batches, start=1):  # noqa: B007
             inputs = batch[0] if isinstance(batch, tuple | list) else batch
-            trial(inputs.to(next(trial.parameters()).device))
+            trial(inputs.to(next(iter(trial.state_dict().values()), inputs).device))
     if not count:
         raise ValueError("recalibrate needs at least one batch")
     for own, norm in norms:

@@ -69,9 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows, text = [row for seed in seeds for row in done[seed]], title(dataset, config)
     say(f"{utils.format_table(rows)}\n{utils.format_facts(rows)}")
     utils.write_csv(files.output(config, "accuracy_sparsity.csv"), rows)
-    published = utils.LENET_300_100 if config.finetune_epochs and dataset.name == "mnist" else ()  # retrained as well
+    others = utils.LENET_300_100 if config.finetune_epochs and dataset.name == "mnist" and not config.model else ()
     drawn = draw(config, "accuracy_sparsity", utils.plot_accuracy_sparsity, rows, text)
-    drawn &= draw(config, "accuracy_weights", utils.plot_accuracy_weights, rows, text, published)
+    drawn &= draw(config, "accuracy_weights", utils.plot_accuracy_weights, rows, text, others)
     if config.costs:
         drawn &= report_costs(rows, text, dataset, config)
     return finish(drawn, dataset, config)
@@ -110,8 +110,8 @@ def check_outputs(config: Config) -> None:
 
 
 def train(model: nn.Module, dataset: Dataset, config: Config, seed: int) -> None:
-    """Train a network in place, a line an epoch; the first one is saved."""
-    masks = partial(random_masks, model, seed=seed) if config.every_k else None
+    """Train a network in place, a line an epoch; that of the first seed is saved."""
+    masks = partial(random_masks, model, seed=seed, **pruning(config)) if config.every_k else None
     options = {"masks": masks, "unit_lasso": config.unit_lasso}
     engine, batches = prepare(model, dataset, config, seed, config.epochs, config.learning_rate, **options)
     what = "Held-out" if config.holdout else "Testing"
@@ -195,10 +195,7 @@ def pruning(config: Config) -> dict[str, Any]:
 
 def report_costs(rows: list[Row], text: str, dataset: Dataset, config: Config) -> bool:
     """CSV, table and plot of what the first network costs when it is pruned; returns whether the plot was drawn."""
-    made = config.model or files.output(config, "model.bin")
-    if made.stat().st_mtime > files.progress_path(config, config.seed).stat().st_mtime:
-        raise ValueError(f"{made} was replaced while the run went on: its costs would be another network's")
-    model = files.load_model(made).to(dataset.test_images.device)
+    model = files.load_model(config.model or files.output(config, "model.bin")).to(dataset.test_images.device)
     own = [row for row in rows if row.seed == rows[0].seed and row.method in ("weight", "unit")]
     costs = measure_costs(model, own, dataset.test_images, **pruning(config))
     utils.write_csv(files.output(config, "cost_sparsity.csv"), costs)

@@ -171,7 +171,7 @@ def write_csv(path: Path, rows: Sequence[Any]) -> None:
 
 
 def save_figure(path: Path, figure: "Figure") -> None:
-    """Write a figure as .png, .pdf or .svg, whole or not at all; ValueError for other suffixes."""
+    """Write a figure in the format of its suffix, whole or not at all; ValueError: matplotlib does not know it."""
     data = io.BytesIO()
     figure.savefig(data, format=path.suffix[1:], dpi=200)
     write_file(path, data.getvalue())

@@ -328,6 +328,9 @@ REFUSED = [
     (nn.Sequential(nn.Linear(4, 4), Residual(SHARED), nn.Linear(4, 2)), "1 is a Residual, .* Torch-Pruning"),
     (nn.TransformerEncoderLayer(4, 2, 4), "this is a TransformerEncoderLayer, .* Torch-Pruning"),
     (torchvision.models.resnet18(), "this is a ResNet, .* Torch-Pruning"),
+    (nn.Sequential(hooked(nn.ReLU())[0], nn.Linear(3, 4), hooked(nn.ReLU()), nn.Linear(4, 2)), "2.0 is a ReLU"),
+    (nn.Sequential(nn.Linear(3, 4), hooked(nn.Sequential(nn.ReLU()))[0], nn.Linear(4, 2)), "1 is a Sequential"),
+    (nn.Sequential(nn.Linear(3, 4), nn.Flatten(), nn.Linear(12, 2)), "takes more than the outputs"),
     (nn.Sequential(SHARED, nn.ReLU(), SHARED), "share parameters"),
     (nn.Sequential(nn.Linear(4, 4), NORM, nn.Linear(4, 4), NORM, nn.Linear(4, 4)), "share parameters"),
     (nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))), "0 is a ParametrizedLinear.*permanent"),
@@ -427,6 +430,14 @@ def test_inputs_stay_what_they_are(size):
     before = batch.clone()
     to_sparse(model)(batch)
     assert torch.equal(batch, before)
+
+
+def test_hooks_of_nested_chains_run():
+    inner = zero_at_random(nn.Sequential(nn.Linear(60, 50), nn.ReLU(), nn.Linear(50, 40)))
+    model, batch = zero_at_random(nn.Sequential(inner, nn.ReLU(), nn.Linear(40, 10))), torch.randn(70, 60)
+    inner.register_forward_hook(lambda module, args, output: 2 * output)
+    with torch.no_grad():
+        torch.testing.assert_close(to_sparse(model)(batch), model(batch))
 
 
 def test_hooks_on_layers_of_a_chain_see_what_they_would_see_in_the_dense_one():
@@ -833,7 +844,7 @@ def test_latency_states_its_threads_and_leaves_the_model():
 @pytest.mark.filterwarnings("default")
 def test_the_examples_hold():
     results = doctest.testmod(compress)
-    assert results.attempted >= 5 and results.failed == 0
+    assert results.attempted >= 3 and results.failed == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -1,4 +1,5 @@
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,15 @@ def test_every_setting_has_a_flag_with_help(capsys):
     for name in Config.__dataclass_fields__:
         assert re.search(rf"^  --{name.replace('_', '-')}\b.*\n? +\w", text, re.MULTILINE)
     assert "(default: 0.005)" in text
+
+
+def test_help_shows_any_folder(tmp_path):
+    (folder := tmp_path / "50%" / "src").mkdir(parents=True)
+    shutil.copy(ROOT / "src/config.py", folder)
+    command = [sys.executable, "-c", "import config; config.parse_config(['--help'])"]
+    answer = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    assert "50%/plots)" in re.sub(r"\s+", "", answer.stdout)
 
 
 def test_k_is_sorted_each_once_and_with_the_dense_network():

@@ -37,9 +37,11 @@ def test_break_even_is_the_smallest_k_from_which_on_sparse_is_faster():
     assert break_even(changed("sparse", 70, latency_ms=4.0), 256)[1] == 99  # as fast is not faster
     always_slower = [row for row in make_costs() if row.form != "sparse" or row.k_percent < 60]
     never_sparse = [row for row in make_costs() if row.form != "sparse"]
-    only_units = [row for row in make_costs() if row.method == "unit"]  # the unpruned one is dense
-    for rows in (always_slower, never_sparse, only_units):
+    for rows in (always_slower, never_sparse):
         assert break_even(rows, 256) == (4, None, "sparse kernels do not pay")
+    only_units = [row for row in make_costs() if row.method == "unit"]  # the unpruned one is dense
+    assert break_even(only_units, 256) == (4, None, "") and "sparse" not in format_costs(only_units)
+    assert break_even([row for row in make_costs() if row.k_percent == 0], 256)[0] == 4  # also of a network with zeros
 
 
 def test_a_busy_machine_allows_no_conclusion():

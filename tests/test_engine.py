@@ -10,7 +10,7 @@ from conftest import ROOT
 from torch import nn
 
 import prune
-from engine import Adam, Engine, pick_device, pick_precision
+from engine import Adam, Engine, pick_device, pick_precision, random_masks
 from model import NeuralNetwork
 
 
@@ -161,6 +161,13 @@ def test_held_masks_train_what_is_left_as_a_loop_that_prunes_after_every_step_do
     Engine(twin, optimizer).train_epoch(batches)
     for weight, expected in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(weight, expected)
+
+
+@pytest.mark.filterwarnings("ignore:pruning leaves nothing")
+def test_random_masks_are_of_what_may_be_pruned():
+    model = NeuralNetwork((8, 20, 10, 3))
+    seen = {name for masks in random_masks(model, 20, seed=0, skip=("fc1",), prune_output=True) for name in masks or {}}
+    assert seen == {"fc2.weight", "fc3.weight"}
 
 
 def test_the_dense_weights_come_back_when_a_pass_fails():

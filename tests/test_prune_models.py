@@ -1285,6 +1285,8 @@ def test_recalibration_is_all_or_nothing() -> None:
     before = state(plain)
     prune.recalibrate(plain, batches())
     assert unchanged(plain, before)
+    prune.recalibrate(norm := nn.BatchNorm1d(4, affine=False), batches())  # without parameters
+    assert norm.num_batches_tracked == 4
 
 
 def test_recalibration_restores_what_pruning_cost() -> None:
