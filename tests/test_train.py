@@ -1,4 +1,5 @@
 import csv
+import errno
 import json
 import os
 import re
@@ -447,6 +448,39 @@ def test_costs_of_a_seed_that_is_done_are_those_of_the_saved_network(tmp_path, t
     sizes = [[row["stored_bytes"] for row in read_rows(tmp_path / name, "digits_cost_sparsity.csv")]
              for name in ("whole", "stopped")]  # fmt: skip
     assert sizes[0] == sizes[1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc/self/fd")
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("models/digits_model.bin", "No space left on device: .*digits_model.bin"),
+        ("models/digits_model.json", "No space left on device: .*digits_model.json"),
+        ("models/digits_unit_50.bin", "No space left on device: .*digits_unit_50.bin"),
+        ("plots/digits_accuracy_sparsity_seed_0.unfinished", None),  # goes on: it has the rows in memory
+        (CSV, "No space left on device: .*; the rows are in "),
+    ],
+)
+def test_a_disk_that_is_full_leaves_the_file_of_before(name, told, tmp_path, trained, monkeypatch, capsys):
+    flags, path, real = (*BRIEF, "--keep", "unit:50"), tmp_path / name, os.fsync
+    stop_before(1, tmp_path, trained, *flags, "--seeds", "2")
+    assert run_digits(tmp_path, *flags, "--seed", "3") == 0
+    before = path.read_bytes()
+
+    def full(number):
+        written = str(Path(f"/proc/self/fd/{number}").readlink())
+        if written.startswith(f"{path.parent}/.{path.name[:28]}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(number)
+
+    monkeypatch.setattr(os, "fsync", full)
+    if told:
+        with pytest.raises(OSError, match=told):
+            run_digits(tmp_path, *flags, "--learning-rate", "0.01")
+        assert path.read_bytes() == before
+    else:
+        assert run_digits(tmp_path, *flags, "--learning-rate", "0.01") == 0
+        assert "would do this seed again" in capsys.readouterr().err
 
 
 def test_a_plot_that_fails_costs_nothing_but_itself(tmp_path, trained, monkeypatch, capsys):
