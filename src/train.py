@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for method in config.methods:
                 done[seed] += sweep(model, method, dataset, config, seed)  # through prune.py's masks at every k
             files.write_progress(config, seed, done[seed])
-    done = {seed: done.get(seed) or files.read_progress(config, seed) for seed in seeds}
+    done = {seed: done.get(seed) or files.read_progress(config, seed) for seed in seeds}  # those of other ranks, too
     if not all(done.values()):
         say("other ranks are not done: the one that ends last reports")
         return 0
