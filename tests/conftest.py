@@ -17,6 +17,7 @@ MNIST = ROOT / "inputs" / "MNIST" / "raw"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=1, help="how often to kill a run at a random moment (default: 1)")
+    parser.addoption("--calls", type=int, default=2000, help="how many calls to fuzz (default: 2000)")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
