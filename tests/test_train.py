@@ -40,7 +40,7 @@ class SmallNetwork(NeuralNetwork):
 
 @pytest.fixture
 def titles(monkeypatch):
-    """A small network and empty plots, where neither is what the test is about; the titles of the plots."""
+    """A small network, empty plots and hasty measurements, where the test is about none of these; the plots' titles."""
     titles: list[str] = []
 
     def plot(rows: object, title: str, *_: object) -> Figure:
@@ -51,6 +51,8 @@ def titles(monkeypatch):
     monkeypatch.setattr(train, "SIZES", SMALL)
     monkeypatch.setattr(utils, "plot_accuracy_sparsity", plot)
     monkeypatch.setattr(utils, "plot_accuracy_weights", plot)
+    monkeypatch.setattr(costs, "ROUNDS", 1)
+    monkeypatch.setattr(costs, "ROUND_SECONDS", 0.001)
     return titles
 
 
@@ -117,12 +119,12 @@ def test_the_whole_job_on_digits(tmp_path, capsys):
 
 @pytest.mark.mnist
 def test_the_whole_job_on_mnist(tmp_path):
-    """With two epochs in place of ten."""
+    """With one epoch in place of ten."""
     folders = ["--models", str(tmp_path), "--plots", str(tmp_path / "plots")]
-    assert train.main(["--dataset", "mnist", "--epochs", "2", "--k", "50", "80", "99", *folders]) == 0
+    assert train.main(["--dataset", "mnist", "--epochs", "1", "--k", "50", "80", "99", *folders]) == 0
     rows = {(row["method"], float(row["k_percent"])): row for row in read_rows(tmp_path, "accuracy_sparsity.csv")}
     accuracy = {point: float(row["accuracy_percent"]) for point, row in rows.items()}
-    assert accuracy["weight", 0] == accuracy["unit", 0] > 97
+    assert accuracy["weight", 0] == accuracy["unit", 0] > 95
     assert accuracy["weight", 80] > accuracy["weight", 0] - 1
     assert accuracy["unit", 50] > accuracy["weight", 0] - 2
     assert accuracy["unit", 99] < 50
@@ -237,11 +239,8 @@ def test_fine_tuning_prunes_as_much_as_was_asked_for_and_leaves_the_dense_networ
 # ── costs, kept networks, --model ──
 
 
-def test_costs_and_kept_networks(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(costs, "ROUNDS", 1)
-    monkeypatch.setattr(costs, "ROUND_SECONDS", 0.001)
-    monkeypatch.setattr(utils, "plot_accuracy_weights", lambda *_: Figure((1, 1)))
-    monkeypatch.setattr(utils, "plot_accuracy_sparsity", lambda *_: Figure((1, 1)))
+@small
+def test_costs_and_kept_networks(tmp_path, capsys):
     flags = ("--epochs", "1", "--k", "90", "--costs", "--keep", "weight:90", "--keep", "unit:60")
     assert run_digits(tmp_path, *flags) == 0
     rows = read_rows(tmp_path, "digits_cost_sparsity.csv")
@@ -251,18 +250,17 @@ def test_costs_and_kept_networks(tmp_path, capsys, monkeypatch):
     assert {row["batch_size"] for row in rows} == {"1", "256"}
     assert all(float(row["latency_ms"]) > 0 for row in rows)
     size = {(row["method"], row["k_percent"]): int(row["stored_bytes"]) for row in rows}
-    assert size["unit", "90"] < 0.041 * size["unit", "0"] and size["weight", "90"] < 0.14 * size["weight", "0"]
+    assert size["unit", "90"] < 0.11 * size["unit", "0"] and size["weight", "90"] < 0.2 * size["weight", "0"]
     assert (tmp_path / "plots/digits_cost_sparsity.png").exists()
     assert "batch 256: " in capsys.readouterr().out
 
     state, info = compress.load_compressed(tmp_path / "models/digits_unit_60.bin")
     network = NeuralNetwork.from_state_dict(state)
-    assert network.sizes == (784, 400, 400, 200, 80, 10)
+    assert network.sizes == (784, 24, 12, 10)
     assert info["accuracy_percent"] == pytest.approx(accuracy_percent(network))
     assert (info["method"], info["k_percent"], info["settings"]["epochs"]) == ("unit", 60, 1)
-    assert (tmp_path / "models/digits_weight_90.bin").stat().st_size < 0.14 * int(rows[0]["dense_bytes"])
+    assert (tmp_path / "models/digits_weight_90.bin").stat().st_size < 0.2 * int(rows[0]["dense_bytes"])
 
-    monkeypatch.setattr(train, "NeuralNetwork", SmallNetwork)
     assert run_digits(tmp_path, "--epochs", "1", "--k", "90") == 0  # which leaves these, of a network that has gone
     out = capsys.readouterr().out
     for name in ("models/digits_unit_60.bin", "plots/digits_cost_sparsity.csv", "plots/digits_cost_sparsity.png"):
@@ -591,14 +589,16 @@ def test_a_rank_that_cannot_hand_over_its_rows_fails(tmp_path, trained, monkeypa
         run_digits(tmp_path, *BRIEF, "--seeds", "2")
 
 
-def test_two_ranks_write_what_one_process_writes(tmp_path):
-    flags = [*BRIEF, "--dataset", "digits", "--precision", "fp32", "--seeds", "3"]
+def test_two_ranks_write_what_one_process_writes(tmp_path, capsys):
+    flags = (*BRIEF, "--precision", "fp32", "--seeds", "2")
+    assert run_digits(tmp_path / "one", *flags) == 0
+    folders = ["--models", str(tmp_path / "two/models"), "--plots", str(tmp_path / "two/plots")]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    for name, start in (("one", [sys.executable]), ("two", launch)):
-        folders = ["--models", str(tmp_path / name / "models"), "--plots", str(tmp_path / name / "plots")]
-        done = subprocess.run([*start, str(ROOT / "src/train.py"), *flags, *folders], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert len([line for line in done.stdout.splitlines() if re.match("wrote .*(bin|csv|png)$", line)]) == 4
+    command = [*launch, str(ROOT / "src/train.py"), "--dataset", "digits", *flags, *folders]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for output in (capsys.readouterr().out, done.stdout):
+        assert len([line for line in output.splitlines() if re.match("wrote .*(bin|csv|png)$", line)]) == 4
     assert files(tmp_path / "one") == files(tmp_path / "two")
     for name in (CSV, "models/digits_model.bin"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
