@@ -279,12 +279,25 @@ def test_figures_are_saved_by_their_suffix_and_equal_ones_equally(tmp_path):
         utils.save_figure(tmp_path / "a.bmpp", figure)
 
 
-def test_matplotlib_is_imported_for_plots_alone_and_pyplot_never():
-    code = (
-        "import sys, utils; assert 'matplotlib' not in sys.modules\n"
-        "utils.new_figure(1, 1, 'a title')\n"
-        "assert 'matplotlib.figure' in sys.modules and 'matplotlib.pyplot' not in sys.modules"
-    )
+def test_what_is_slow_to_import_or_not_everywhere_is_imported_only_for_what_needs_it():
+    code = """if True:
+        import sys, torch, numpy
+
+        before = {name.partition(".")[0] for name in sys.modules} | set(sys.stdlib_module_names)
+        import prune
+        assert {name.partition(".")[0] for name in sys.modules} - before == {"prune"}
+
+        import engine
+        model = torch.nn.Linear(2, 2)
+        optimizer = engine.Adam(model.parameters(), fused=True)
+        engine.Engine(model, optimizer).train_epoch([(torch.eye(2), torch.tensor([0, 1]))])
+        assert "torch._dynamo" not in sys.modules
+
+        import utils
+        assert "matplotlib" not in sys.modules
+        utils.new_figure(1, 1, "a title")
+        assert "matplotlib.figure" in sys.modules and "matplotlib.pyplot" not in sys.modules
+    """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT / "src", check=True)
 
 
