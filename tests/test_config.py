@@ -1,4 +1,3 @@
-import doctest
 import re
 import subprocess
 import sys
@@ -7,7 +6,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-import config
 from config import BATCH_SIZE, K_PERCENT, Config, changed, parse_config, without_effect
 
 
@@ -68,11 +66,6 @@ def test_what_has_no_effect_is_not_told_nor_is_a_default_that_was_filled_in():
     assert changed(Config(model=Path("m.bin"), learning_rate=1.0, batch_size=3, weight_decay=0.0)) == []
     for dataset, batch_size in BATCH_SIZE.items():
         assert changed(Config(dataset, batch_size=batch_size)) == []
-
-
-def test_examples():
-    results = doctest.testmod(config)
-    assert results.attempted and not results.failed
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """data.py against real files, real faults, and a real server on loopback that answers well, badly or never."""
 
 import contextlib
-import doctest
 import gzip
 import hashlib
 import json
@@ -645,7 +644,3 @@ def test_a_wrong_batch_size(batch_size):
 def test_images_without_labels():
     with pytest.raises(ValueError, match="5 images, but 4 labels"):
         data.Batches(torch.rand(5, 784), torch.arange(4), 2)
-
-
-def test_examples():
-    assert doctest.testmod(data).failed == 0

@@ -1,7 +1,5 @@
 import copy
-import doctest
 import itertools
-import sys
 
 import pytest
 import torch
@@ -278,8 +276,3 @@ def test_auto_is_bf16_where_it_is_clearly_faster(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
         expected = torch.bfloat16 if native else torch.float32
         assert pick_precision("auto", torch.device("cuda")) == expected
-
-
-def test_examples():
-    results = doctest.testmod(sys.modules[Engine.__module__])
-    assert results.attempted and not results.failed

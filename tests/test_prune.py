@@ -1,7 +1,5 @@
 """Masks of single tensors, against a stable sort and against torch.nn.utils.prune."""
 
-import doctest
-
 import numpy as np
 import pytest
 import torch
@@ -339,11 +337,3 @@ def test_bad_weight(function: object, weight: object, error: type[Exception], me
 def test_bad_dim(weight: Tensor, dim: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         prune.unit_mask(weight, 0.5, dim=dim)
-
-
-# the file itself
-
-
-def test_the_examples_in_the_docstrings() -> None:
-    results = doctest.testmod(prune)
-    assert results.attempted > 10 and not results.failed

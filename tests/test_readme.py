@@ -1,5 +1,7 @@
-"""The README keeps its word: commands, snippets, links, and numbers that stand in committed files."""
+"""Documentation keeps its word: commands, snippets, links, examples, and numbers that stand in committed files."""
 
+import doctest
+import importlib
 import re
 import subprocess
 import sys
@@ -86,3 +88,12 @@ def test_snippets_run_when_pasted():
     assert done.returncode == 0, done.stderr
     *outputs, _ = done.stdout.split("\0")
     assert len(outputs) == len(snippets) > 0 and all(outputs)
+
+
+EXAMPLES = {"compress": 6, "config": 1, "data": 1, "engine": 1, "model": 1, "prune": 11, "utils": 3}  # at least
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "src").glob("*.py")))
+def test_examples_in_docstrings_hold(name):
+    results = doctest.testmod(importlib.import_module(name))
+    assert results.attempted >= EXAMPLES.get(name, 0) and not results.failed
