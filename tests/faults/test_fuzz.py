@@ -160,14 +160,7 @@ FUNCTIONS: list[Callable[..., Any]] = [
     *(function for module in MODULES for function in public(module)), NeuralNetwork.from_state_dict,
     *METHODS, pick_device, pick_precision, files.load_model,
 ]  # fmt: skip
-assert set(public(engine)) == {
-    Adam,
-    Engine,
-    random_masks,
-    gradual_masks,
-    pick_device,
-    pick_precision,
-}  # the first is torch's
+assert set(public(engine)) == {Adam, Engine, random_masks, gradual_masks, pick_device, pick_precision}
 SLOW = {"Network": 0.3, "plot": 0.1, "measure": 0.1, "precision": 0.1, "machine": 0.1, "latency": 0.3}
 WEIGHTS = [next((rate for word, rate in SLOW.items() if word in each.__name__), 1) for each in FUNCTIONS]
 PARAMETERS = {function: parameters(function) for function in FUNCTIONS}
@@ -262,13 +255,6 @@ def test_public_functions_raise_what_they_document_and_change_nothing(tmp_path, 
         else:  # these are there to change their argument
             changed = function not in (prune.apply_masks, train_epoch) and frozen(given) != before
         assert not changed, f"{seed}: {function.__qualname__}(**{given})"
-
-
-def test_targets_that_would_be_compared_with_every_image_are_refused():
-    images = torch.rand(2, 4)
-    for run in (evaluate, train_epoch):
-        with pytest.raises(ValueError, match=r"expected 2 targets, one an image, got shape \(2, 1\)"):
-            run(NeuralNetwork((4, 3, 2)), [(images, torch.tensor([[0], [1]]))])
 
 
 # ── the command line ──
