@@ -665,6 +665,8 @@ def test_other_files_are_refused(tmp_path):
     ):
         write_packed(path, content)
         assert_refused(path)
+    torch.save([1, 2], path)
+    assert_refused(path)
     with pytest.raises(FileNotFoundError):
         load_compressed(tmp_path / "nowhere.bin")
     red = tmp_path / "\x1b[31mrot für\n.bin"
