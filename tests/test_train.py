@@ -51,6 +51,7 @@ def titles(monkeypatch):
     monkeypatch.setattr(train, "SIZES", SMALL)
     monkeypatch.setattr(utils, "plot_accuracy_sparsity", plot)
     monkeypatch.setattr(utils, "plot_accuracy_weights", plot)
+    monkeypatch.setattr(train, "pick_precision", lambda *_: torch.float32)  # which auto measures, at each run anew
     monkeypatch.setattr(costs, "ROUNDS", 1)
     monkeypatch.setattr(costs, "ROUND_SECONDS", 0.001)
     return titles
@@ -603,7 +604,9 @@ def test_a_rank_that_cannot_hand_over_its_rows_fails(tmp_path, trained, monkeypa
         run_digits(tmp_path, *BRIEF, "--seeds", "2")
 
 
-def test_two_ranks_write_what_one_process_writes(tmp_path, capsys):
+def test_two_ranks_write_what_one_process_writes(tmp_path, capsys, monkeypatch):
+    for name in ("plot_accuracy_sparsity", "plot_accuracy_weights"):
+        monkeypatch.setattr(utils, name, lambda *_: Figure((1, 1)))
     flags = (*BRIEF, "--precision", "fp32", "--seeds", "2")
     assert run_digits(tmp_path / "one", *flags) == 0
     folders = ["--models", str(tmp_path / "two/models"), "--plots", str(tmp_path / "two/plots")]

@@ -20,7 +20,7 @@ import pytest
 import torch
 from conftest import ROOT
 from matplotlib.figure import Figure
-from runs import SMALL, Run, SmallNetwork, empty_plot, flags_for
+from runs import SMALL, Run, SmallNetwork, empty_plot, flags_for, fp32
 
 import data
 import system
@@ -40,6 +40,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "SIZES", SMALL)
     monkeypatch.setattr(utils, "plot_accuracy_sparsity", empty_plot)
     monkeypatch.setattr(utils, "plot_accuracy_weights", empty_plot)
+    monkeypatch.setattr(train, "pick_precision", fp32)
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # exit_status is for whole programs
 
 
