@@ -365,9 +365,8 @@ def test_sparse_networks_are_for_inference_and_stand_alone():
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 3))
     nn.init.zeros_(model[0].weight[2:])
     sparse = to_sparse(model)
-    assert not any(module.training for module in sparse.modules()) and all(
-        module.training for module in model.modules()
-    )
+    assert not any(module.training for module in sparse.modules())
+    assert all(module.training for module in model.modules())
     assert not any(tensor.requires_grad for tensor in [*sparse.parameters(), sparse(torch.ones(6))])
     batch = torch.randn(2, 6)
     logits = sparse(batch)
@@ -418,9 +417,8 @@ def test_sparse_networks_under_autocast(size, dtype):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         logits, expected = to_sparse(model)(batch), model(batch)
         assert to_sparse(model)[0](batch).dtype == model[0](batch).dtype
-    torch.testing.assert_close(
-        logits, expected.to(logits.dtype), rtol=0, atol=0.03 if dtype == torch.float32 else 1e-12
-    )
+    error = 0.03 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(logits, expected.to(logits.dtype), rtol=0, atol=error)
 
 
 class Tied(nn.Module):
@@ -442,9 +440,8 @@ def test_shared_and_tied_layers_and_layers_that_are_read():
     model, tokens = zero_at_random(Tied()), torch.arange(15).view(5, 3)
     sparse = to_sparse(model)
     assert sparse.body is sparse.again and isinstance(sparse.decoder, SparseLinear)
-    assert torch.equal(sparse.body.weight, model.body.weight) and torch.equal(
-        sparse.embedding.weight, model.embedding.weight
-    )
+    for name in ("body", "embedding"):
+        assert torch.equal(getattr(sparse, name).weight, getattr(model, name).weight)
     torch.testing.assert_close(sparse(tokens), model(tokens).detach())
 
 
@@ -658,11 +655,8 @@ def test_other_files_are_refused(tmp_path):
         assert_refused(path)
     tensor = torch.ones(3)
     states = [{"a": tensor.to("meta")}, {"a": tensor.to_sparse()}, tensor]
-    for content in (
-        [1, 2],
-        {"state_dict": {"a": tensor}, "info": []},
-        *({"state_dict": s, "info": {}} for s in states),
-    ):
+    contents = [{"state_dict": state, "info": {}} for state in states]
+    for content in ([1, 2], {"state_dict": {"a": tensor}, "info": []}, *contents):
         write_packed(path, content)
         assert_refused(path)
     torch.save([1, 2], path)
@@ -721,14 +715,8 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
 
 def test_what_cannot_be_stored_leaves_the_old_file(saved):
     before, model = saved.read_bytes(), NeuralNetwork((3, 4, 2))
-    for bad in (
-        nn.Linear(3, 4, device="meta"),
-        nn.LazyLinear(4),
-        {"a": torch.ones(3).to_sparse()},
-        {"a": Length()},
-        [1],
-        None,
-    ):
+    states = {"a": torch.ones(3).to_sparse()}, {"a": Length()}, [1], None
+    for bad in (nn.Linear(3, 4, device="meta"), nn.LazyLinear(4), *states):
         with pytest.raises(ValueError, match="can be stored"):
             save_compressed(bad, saved)
     for info in ({"a": Intruder(saved)}, {"a": lambda: 0}, "abc"):
@@ -795,9 +783,7 @@ def test_on_cuda(tmp_path):
         for other in (shrink(model), to_sparse(model)):
             torch.testing.assert_close(other(batch), model(batch))
     save_compressed(model, tmp_path / "model.bin")
-    assert states_equal(
-        load_compressed(tmp_path / "model.bin")[0], {name: weight.cpu() for name, weight in model.state_dict().items()}
-    )
+    assert states_equal(load_compressed(tmp_path / "model.bin")[0], model.cpu().state_dict())
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").is_file(), reason="needs a file that cannot be read from its start")

@@ -129,14 +129,14 @@ def test_each_step_takes_its_own_masks_and_none_is_a_dense_step():
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
+HELD = [
+    lambda weights: torch.optim.SGD(weights, lr=0.05, momentum=0.9),
+    lambda weights: torch.optim.AdamW(weights, lr=0.01, weight_decay=0.1),
+]
+
+
 @pytest.mark.parametrize("method", ["weight", "unit"])
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda weights: torch.optim.SGD(weights, lr=0.05, momentum=0.9),
-        lambda weights: torch.optim.AdamW(weights, lr=0.01, weight_decay=0.1),
-    ],
-)
+@pytest.mark.parametrize("make", HELD)
 def test_held_masks_train_what_is_left_as_a_loop_that_prunes_after_every_step_does(method, make):
     model = NeuralNetwork((8, 20, 10, 3)).double()
     masks = prune.find_masks(model, method, 0.5)
@@ -194,12 +194,8 @@ def test_masks_that_do_not_fit_are_told():
     masks = prune.find_masks(model, "weight", 0.5)
     with pytest.raises(ValueError, match="fewer masks than steps"):
         Engine(model, optimizer, masks=[masks]).train_epoch(some_batches(8, 8))
-    for name, mask in (
-        ("fc9.weight", masks["fc1.weight"]),
-        ("fc1.weight", masks["fc1.weight"][:1]),
-        ("fc1.weight", masks["fc1.weight"].float()),
-        ("fc1.weight", None),
-    ):
+    fits = masks["fc1.weight"]
+    for name, mask in (("fc9.weight", fits), *(("fc1.weight", bad) for bad in (fits[:1], fits.float(), None))):
         with pytest.raises(ValueError, match=f"no {name} of such a shape"):
             Engine(model, optimizer, masks=[{name: mask}]).train_epoch(some_batches(8))
 

@@ -375,14 +375,14 @@ def doubts(model, **choice):
 vision = torchvision.models
 
 
+KNOWN = [
+    *("convnext_tiny", "densenet121", "efficientnet_b0", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small"),
+    *("resnet18", "resnext50_32x4d", "shufflenet_v2_x0_5", "squeezenet1_1", "swin_t", "vit_b_16"),
+]
+
+
 @pytest.mark.parametrize("classes", [1000, 3, 2])
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("convnext_tiny", "densenet121", "efficientnet_b0", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small"),
-        *("resnet18", "resnext50_32x4d", "shufflenet_v2_x0_5", "squeezenet1_1", "swin_t", "vit_b_16"),
-    ],
-)
+@pytest.mark.parametrize("name", KNOWN)
 def test_known_networks_raise_no_doubt(name, classes):
     if classes == 3 and name not in ("densenet121", "resnet18", "swin_t"):
         return  # two numbers of classes do
@@ -721,9 +721,7 @@ def test_masks_come_from_torch_and_go_to_it():
     for name, mask in masks.items():
         layer, _, parameter = name.rpartition(".")
         peer.custom_from_mask(model.get_submodule(layer), parameter, mask)
-    returned = {
-        name.removesuffix("_mask"): mask.bool() for name, mask in model.named_buffers() if name.endswith("_mask")
-    }
+    returned = {name.removesuffix("_mask"): mask.bool() for name, mask in model.named_buffers()}
     assert returned.keys() == masks.keys() and all(torch.equal(returned[name], masks[name]) for name in masks)
     with pytest.raises(ValueError, match=r"0\.weight is computed from other parameters.*prune.remove"):
         prune.find_masks(model, "weight", 0.5)
@@ -1018,12 +1016,8 @@ def test_a_sweep_follows_its_generator():
     model = mlp(12, 10, 8, 4)
 
     def run(generator):
-        def kept(pruned):
-            return pruned[0].weight != 0
-
-        return [
-            point.score for point in prune.sweep(model, "random_weight", [0.3, 0.9, 0.6], kept, generator=generator)
-        ]
+        sparsities, kept = [0.3, 0.9, 0.6], lambda pruned: pruned[0].weight != 0
+        return [point.score for point in prune.sweep(model, "random_weight", sparsities, kept, generator=generator)]
 
     generator = torch.Generator().manual_seed(1)
     before = generator.get_state()
