@@ -100,18 +100,6 @@ def test_global_scope_ranks_layers_of_different_precision_together():
     assert [zeros({name: mask}) for name, mask in masks.items()] == [0, 15_000, 5_000]
 
 
-def test_raw_norms_would_empty_the_layer_of_small_weights_but_relative_ones_do_not():
-    model = mlp(1000, 100, 100, 100)
-    with torch.no_grad():
-        model[2].weight.normal_(std=0.001)
-        model[0].weight.normal_(std=0.1)
-    raw = torch.stack([model[number].weight.norm(dim=1) for number in (0, 2)])
-    assert raw[1].max() < raw[0].min()  # ranked by these, half of the units would be all of layer 2
-    masks = prune.find_masks(model, "unit", 0.5, scope="global")
-    for name in ("0.weight", "2.weight"):
-        assert 5 <= masks[name].any(1).count_nonzero() <= 95
-
-
 @pytest.mark.parametrize("spread", [0.0, 1.0])
 def test_global_scope_empties_no_layer_of_units_before_the_end(spread):
     model = mlp(50, 100, 40, 4, 10)
