@@ -7,9 +7,8 @@ import copy
 import inspect
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -100,32 +99,26 @@ LIKELY: dict[str, list[Any]] = {  # by the name of the argument
 
 
 def train_epoch(
-    model: Any,
-    batches: Any,
-    precision: Any = torch.float32,
-    label_smoothing: Any = 0.0,
-    unit_lasso: Any = 0.0,
-    masks: Any = None,
-    straight_through: Any = False,
-) -> object:
+    model, batches, precision=torch.float32, label_smoothing=0.0, unit_lasso=0.0, masks=None, straight_through=False
+):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if isinstance(model, nn.Module) else None
     options = {"label_smoothing": label_smoothing, "unit_lasso": unit_lasso, "masks": masks, "precision": precision}
     return Engine(model, optimizer, straight_through=straight_through, **options).train_epoch(batches)
 
 
-def evaluate(model: Any, batches: Any) -> object:
+def evaluate(model, batches):
     return Engine(model).evaluate(batches)
 
 
-def loss(logits: Any, targets: Any) -> object:
+def loss(logits, targets):
     return Engine(NeuralNetwork((4, 3, 2))).loss(logits, targets)
 
 
-def masks_of_steps(model: Any, steps: Any, seed: Any) -> object:
+def masks_of_steps(model, steps, seed):
     return list(random_masks(model, steps, seed))
 
 
-def gradually(model: Any, method: Any, sparsity: Any, steps: Any, **choice: Any) -> object:
+def gradually(model, method, sparsity, steps, **choice):
     return list(gradual_masks(model, method, sparsity, steps, **choice))
 
 
@@ -138,13 +131,13 @@ METHODS = {train_epoch: Engine.train_epoch, evaluate: Engine.evaluate, loss: Eng
            masks_of_steps: prune.find_masks, gradually: prune.find_masks}  # fmt: skip
 
 
-def public(module: ModuleType) -> list[Callable[..., Any]]:
+def public(module):
     """What a module defines for others."""
     found = [value for name, value in vars(module).items() if not name.startswith("_") and callable(value)]
     return [value for value in found if getattr(value, "__module__", "") == module.__name__ and value not in LEFT_OUT]
 
 
-def parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+def parameters(function):
     """Those of a function; in the place of any options those of find_masks."""
     own = list(inspect.signature(function).parameters.values())
     if own[-1:] and own[-1].kind is inspect.Parameter.VAR_KEYWORD:
@@ -179,13 +172,13 @@ DOCUMENTED = {
 }
 
 
-def argument(name: str, chance: random.Random) -> Any:
+def argument(name, chance):
     """An argument that is of the right kind more often than not, so that the calls get past the first check."""
     pool = LIKELY[name] if name in TYPED or chance.random() < 0.8 else ANYTHING
     return copy.deepcopy(chance.choice(pool))
 
 
-def arguments(function: Callable[..., Any], chance: random.Random, folder: Path) -> dict[str, Any]:
+def arguments(function, chance, folder):
     given = {
         parameter.name: argument(parameter.name, chance)
         for parameter in PARAMETERS[function]
@@ -215,7 +208,7 @@ def arguments(function: Callable[..., Any], chance: random.Random, folder: Path)
     return given
 
 
-def frozen(value: Any) -> Any:
+def frozen(value):
     """Something that can be compared with what it is made of later."""
     if isinstance(value, nn.Module):
         return [(name, frozen(each)) for name, each in value.state_dict().items()], [type(m) for m in value.modules()]
@@ -231,7 +224,7 @@ def frozen(value: Any) -> Any:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_measurements() -> Iterator[None]:
+def quick_measurements():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(costs, "ROUNDS", 1)
         patch.setattr(costs, "ROUND_SECONDS", 1e-4)
