@@ -3,11 +3,8 @@
 import contextlib
 import gzip
 import hashlib
-import json
 import os
 import socket
-import subprocess
-import sys
 import threading
 import tracemalloc
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,12 +26,12 @@ NAMES = list(data.MNIST_FILES)
 # ── stand-ins for the four files, and a mirror that serves them ──
 
 
-def make_files(train: int, test: int) -> dict[str, bytes]:
+def make_files() -> dict[str, bytes]:
     """Four small files in MNIST's format: a header, then bytes."""
     random = np.random.default_rng(7)
     files = {}
     for name in NAMES:
-        count = train if name.startswith("train") else test
+        count = 24 if name.startswith("train") else 6
         shape = (count, 28, 28) if "images" in name else (count,)
         header = np.array([0x0800 + len(shape), *shape], ">i4").tobytes()
         files[name] = header + random.integers(0, 256 if len(shape) > 1 else 10, shape, np.uint8).tobytes()
@@ -45,17 +42,9 @@ def md5(content: bytes) -> str:
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
-def pack(files: dict[str, bytes]) -> dict[str, bytes]:
-    return {f"{name}.gz": gzip.compress(content, 1) for name, content in files.items()}
-
-
-def facts(files: dict[str, bytes], packed: dict[str, bytes]) -> dict[str, tuple[int, str, int]]:
-    """What data.MNIST_FILES says of such files."""
-    return {name: (len(files[name]), md5(files[name]), len(packed[f"{name}.gz"])) for name in files}
-
-
-FILES = make_files(train=24, test=6)
-PACKED = pack(FILES)
+FILES = make_files()
+PACKED = {f"{name}.gz": gzip.compress(content, 1) for name, content in FILES.items()}
+FACTS = {name: (len(FILES[name]), md5(FILES[name]), len(PACKED[f"{name}.gz"])) for name in NAMES}
 BOMB = gzip.compress(bytes(10**7))  # 10 kB
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 
@@ -83,11 +72,6 @@ class Mirror(BaseHTTPRequestHandler):
             self.answer(b"", length=2**40)
             while not self.server.closing.is_set():
                 self.wfile.write(bytes(2**16))
-        elif behavior == "slow":  # so that a kill finds it at work
-            self.answer(b"", length=len(body))
-            for start in range(0, len(body), -(-len(body) // 8)):
-                self.server.closing.wait(0.003)
-                self.wfile.write(body[start : start - (-len(body) // 8)])
         else:
             self.answer({"page": page, "half": half, "flipped": flip(body), "bomb": BOMB}.get(behavior, body))
 
@@ -98,7 +82,7 @@ class Mirror(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def handle(self):
-        with contextlib.suppress(OSError):  # a client that was killed or has given up
+        with contextlib.suppress(OSError):  # a client that has given up
             super().handle()
 
     def log_message(self, *_):
@@ -137,7 +121,7 @@ def mirrors(monkeypatch):
     mirrors = []
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(data, "MIRRORS", mirrors)
-    monkeypatch.setattr(data, "MNIST_FILES", facts(FILES, PACKED))
+    monkeypatch.setattr(data, "MNIST_FILES", FACTS)
     monkeypatch.setattr(data, "TIMEOUT", 0.8)
     return mirrors
 
@@ -353,137 +337,6 @@ def test_control_characters_of_a_mirror_do_not_reach_the_terminal(mirrors, serve
     mirrors.append(f"{server.url}/escape/")
     message = data.load("auto", tmp_path).fallback_reason
     assert r"\x1b[2J" in message and message.isprintable()
-
-
-# ── processes: killed, two at once, without room ──
-
-PROCESSES = """
-import json, os, random, resource, shutil, signal, sys, tempfile, time, traceback
-from pathlib import Path
-import data
-
-settings = json.load(sys.stdin)
-scratch, raw = Path(settings["scratch"]), Path("MNIST", "raw")
-data.MNIST_FILES.update(settings["files"])
-data.load("mnist", scratch / "unpacked")
-report = {"imported": [name for name in ("torchvision", "matplotlib") if name in sys.modules]}
-
-data.MIRRORS = (settings["mirror"],)
-
-def start(inputs, prepare=lambda: None):
-    child = os.fork()
-    if child:
-        return child
-    try:
-        prepare()
-        data.load("mnist", inputs)
-        os._exit(0)
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-
-def end(child):
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-def sizes(inputs):
-    return {path.name: path.stat().st_size for path in (inputs / raw).glob("*-ubyte")}
-
-whole = sizes(scratch / "unpacked")
-
-def fresh(kind):
-    inputs = Path(tempfile.mkdtemp(dir=scratch))
-    if kind == "packed":
-        shutil.copytree(scratch / "packed", inputs, dirs_exist_ok=True)
-    else:
-        (inputs / raw).mkdir(parents=True)
-    return inputs
-
-inputs = fresh("empty")
-report["two at once"] = [end(child) for child in [start(inputs), start(inputs)]], sizes(inputs) == whole
-
-report["killed"] = {}
-for kind in ("empty", "packed"):
-    counts = report["killed"][kind] = dict.fromkeys(["half done", "torn", "lost"], 0)
-    began = time.monotonic()
-    assert end(start(fresh(kind))) == 0
-    lasts = time.monotonic() - began
-    for number in range(settings["kills"]):
-        inputs = fresh(kind)
-        before = len(os.listdir(inputs / raw))
-        child = start(inputs)
-        began, wait = time.monotonic(), random.uniform(0, lasts)
-        if number % 2:  # in the middle of writing
-            while len(os.listdir(inputs / raw)) == before and time.monotonic() - began < 10:
-                pass
-        else:
-            time.sleep(wait)
-        os.kill(child, signal.SIGKILL)
-        end(child)
-        left = sizes(inputs)
-        counts["half done"] += left != whole
-        counts["torn"] += any(whole[name] != size for name, size in left.items())
-        counts["lost"] += end(start(inputs)) != 0 or sizes(inputs) != whole
-
-def no_room():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-
-inputs = fresh("packed")
-status = end(start(inputs, no_room))
-report["no room"] = status, sorted({*whole} - {*sizes(inputs)}), [path.name for path in (inputs / raw).glob(".*")]
-
-def nobody():  # root may write anywhere
-    if os.geteuid() == 0:
-        os.setuid(65534)
-
-with tempfile.TemporaryDirectory() as inputs:  # nobody may not look into pytest's own folder
-    os.chmod(inputs, 0o755)
-    shutil.copytree(scratch / "packed", inputs, dirs_exist_ok=True)
-    os.chmod(inputs / raw, 0o555)
-    report["read-only"] = end(start(Path(inputs), nobody)), [*sizes(Path(inputs))]
-    os.chmod(inputs / raw, 0o755)
-
-print(json.dumps(report))
-"""
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory, pytestconfig):
-    """What happened to the processes above, which one fresh interpreter starts."""
-    if not hasattr(os, "fork"):
-        pytest.skip("needs os.fork")
-    files = make_files(train=6000, test=10)
-    packed = pack(files)
-    scratch = tmp_path_factory.mktemp("processes")
-    put(scratch / "unpacked", files)
-    put(scratch / "packed", packed)
-    with serving(packed) as server:
-        settings = {
-            "scratch": str(scratch), "mirror": f"{server.url}/slow/", "files": facts(files, packed),
-            "kills": max(4, pytestconfig.getoption("--kills") // 5),
-        }  # fmt: skip
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", PROCESSES],
-            input=json.dumps(settings), capture_output=True, text=True, timeout=600,
-            env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "no_proxy": "*"},
-        )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def test_a_fresh_interpreter_imports_no_more_than_it_needs_and_two_at_once_both_end_well(processes):
-    assert processes["imported"] == [] and processes["two at once"] == [[0, 0], True]
-
-
-@pytest.mark.parametrize("kind", ["empty", "packed"])
-def test_killed_at_any_moment_no_file_is_torn_and_the_next_run_recovers(kind, processes):
-    counts = processes["killed"][kind]
-    print(f"\n{kind}: {counts}")
-    assert counts["half done"] > 0  # or the kills came too late to say anything
-    assert (counts["torn"], counts["lost"]) == (0, 0)
-
-
-def test_without_room_on_the_disk_or_in_a_read_only_folder_it_works_from_memory(processes):
-    assert (processes["no room"], processes["read-only"]) == ([0, [IMAGES], []], [0, []])
 
 
 # ── the real MNIST ──
