@@ -195,7 +195,10 @@ def pruning(config: Config) -> dict[str, Any]:
 
 def report_costs(rows: list[Row], text: str, dataset: Dataset, config: Config) -> bool:
     """CSV, table and plot of what the first network costs when it is pruned; returns whether the plot was drawn."""
-    model = files.load_model(config.model or files.output(config, "model.bin")).to(dataset.test_images.device)
+    path = config.model or files.output(config, "model.bin")
+    if not files.read_progress(config, config.seed):  # where it is another file than when they were written
+        raise ValueError(f"no costs: {path} may be another network than that of these rows")
+    model = files.load_model(path).to(dataset.test_images.device)
     own = [row for row in rows if row.seed == rows[0].seed and row.method in ("weight", "unit")]
     costs = measure_costs(model, own, dataset.test_images, **pruning(config))
     utils.write_csv(files.output(config, "cost_sparsity.csv"), costs)

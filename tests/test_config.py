@@ -78,43 +78,35 @@ def test_what_has_no_effect_is_not_told_nor_is_a_default_that_was_filled_in():
         assert changed(Config(dataset, batch_size=batch_size)) == []
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ("--epochs 0", "--epochs: must be a whole number from 1"),
-        ("--epochs -1", "--epochs: must be a whole number from 1"),
-        ("--epochs x", "--epochs: must be a whole number from 1"),
-        ("--epochs 1.5", "--epochs: must be a whole number from 1"),
-        ("--batch-size 0", "--batch-size: must be a whole number from 1"),
-        ("--seed -1", "--seed: must be a whole number from 0"),
-        ("--seeds 0", "--seeds: must be a whole number from 1"),
-        ("--seed 99999999999999999999", "--seed: must be a whole number from 0 to"),
-        ("--k 101", "--k: must be a number from 0 to 100"),
-        ("--k -1", "--k: must be a number from 0 to 100"),
-        ("--k nan", "--k: must be a number from 0 to 100"),
-        ("--k", "--k: expected at least one"),
-        ("--learning-rate 0", "--learning-rate: must be a number > 0"),
-        ("--learning-rate inf", "--learning-rate: must be a number > 0"),
-        ("--unit-lasso -1", "--unit-lasso: must be a number >= 0"),
-        ("--finetune-epochs -1", "--finetune-epochs: must be a whole number from 0"),
-        ("--dataset cifar", "--dataset: invalid choice: 'cifar'"),
-        ("--precision fp8", "--precision: invalid choice: 'fp8'"),
-        ("--scope all", "--scope: invalid choice: 'all'"),
-        ("--skip", "--skip: expected at least one"),
-        ("--methods magic", "--methods: invalid choice: 'magic'"),
-        ("--keep neuron:50", "--keep: must be weight:K or unit:K"),
-        ("--keep unit", "--keep: must be weight:K or unit:K"),
-        ("--keep weight:90 --methods unit", "--keep weight:K takes one of --methods unit"),
-        ("--costs --methods random_weight", "--costs takes weight or unit among --methods"),
-        ("--keep unit:x", "--keep: must be a number from 0 to 100"),
-        ("--model m.bin --weight-decay 0", "--weight-decay has no effect with --model"),
-        ("--model m.bin --seeds 3", "--seeds has no effect with --model"),
-        ("--model m.bin --epochs 3", "--epochs has no effect with --model"),
-        ("--epoch 3", "unrecognized arguments: --epoch"),
-        ("--models=", "--models: must be a path"),
-        ("extra", "unrecognized arguments: extra"),
-    ],
-)
+REFUSED = {
+    "--epochs: must be a whole number from 1": ("--epochs 0", "--epochs -1", "--epochs x", "--epochs 1.5"),
+    "--batch-size: must be a whole number from 1": ("--batch-size 0",),
+    "--seed: must be a whole number from 0 to": ("--seed -1", "--seed 99999999999999999999"),
+    "--seeds: must be a whole number from 1": ("--seeds 0",),
+    "--k: must be a number from 0 to 100": ("--k 101", "--k -1", "--k nan"),
+    "--k: expected at least one": ("--k",),
+    "--learning-rate: must be a number > 0": ("--learning-rate 0", "--learning-rate inf"),
+    "--unit-lasso: must be a number >= 0": ("--unit-lasso -1",),
+    "--finetune-epochs: must be a whole number from 0": ("--finetune-epochs -1",),
+    "--dataset: invalid choice: 'cifar'": ("--dataset cifar",),
+    "--precision: invalid choice: 'fp8'": ("--precision fp8",),
+    "--scope: invalid choice: 'all'": ("--scope all",),
+    "--skip: expected at least one": ("--skip",),
+    "--methods: invalid choice: 'magic'": ("--methods magic",),
+    "--keep: must be weight:K or unit:K": ("--keep neuron:50", "--keep unit"),
+    "--keep: must be a number from 0 to 100": ("--keep unit:x",),
+    "--keep weight:K takes one of --methods unit": ("--keep weight:90 --methods unit",),
+    "--costs takes weight or unit among --methods": ("--costs --methods random_weight",),
+    "--weight-decay has no effect with --model": ("--model m.bin --weight-decay 0",),
+    "--seeds has no effect with --model": ("--model m.bin --seeds 3",),
+    "--epochs has no effect with --model": ("--model m.bin --epochs 3",),
+    "unrecognized arguments: --epoch": ("--epoch 3",),
+    "--models: must be a path": ("--models=",),
+    "unrecognized arguments: extra": ("extra",),
+}
+
+
+@pytest.mark.parametrize(("words", "flags"), [(words, each) for words, flags in REFUSED.items() for each in flags])
 def test_a_bad_setting_gets_one_line_and_exit_code_2(flags, words, capsys):
     with pytest.raises(SystemExit) as ending:
         parse_config(flags.split())

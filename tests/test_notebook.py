@@ -6,14 +6,12 @@ import os
 import re
 import subprocess
 import sys
-from typing import Any
 
 import matplotlib.font_manager  # noqa: F401 - caches its fonts here: a kernel that has to do it says so on stderr
 import nbformat
 import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
-from nbformat import NotebookNode
 from traitlets.config import Config
 
 PATH = ROOT / "notebooks" / "prune_your_model.ipynb"
@@ -51,12 +49,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:(asyncio|jup
 
 
 @pytest.fixture(scope="module")
-def committed() -> NotebookNode:
+def committed():
     return nbformat.read(PATH, as_version=4)
 
 
 @pytest.fixture(scope="module")
-def rerun(committed: NotebookNode, tmp_path_factory: pytest.TempPathFactory) -> NotebookNode:
+def rerun(committed, tmp_path_factory):
     """The notebook, executed anew with a cell of facts at its end; its file stays as it is."""
     notebook = copy.deepcopy(committed)
     notebook.cells.append(nbformat.v4.new_code_cell(FACTS))
@@ -77,26 +75,26 @@ def rerun(committed: NotebookNode, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def facts(rerun: NotebookNode) -> dict[str, Any]:
+def facts(rerun):
     return json.loads(rerun.cells[-1].outputs[0].text)
 
 
-def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
+def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def shown(cell: NotebookNode) -> list[str]:
+def shown(cell):
     """What a cell shows, but for numbers and the space around them, which differ between machines."""
     outputs = [each.get("text") or str(sorted(each.get("data", each))) for each in cell.outputs]
     return [re.sub(r"[\d.,\s]+", " ", output) for output in outputs]
 
 
-def test_runs_without_a_warning(rerun: NotebookNode) -> None:
+def test_runs_without_a_warning(rerun):
     outputs = [output for cell in code_cells(rerun) for output in cell.outputs]
     assert [output.text for output in outputs if output.get("name") == "stderr"] == []
 
 
-def test_is_committed_as_it_runs(committed: NotebookNode, rerun: NotebookNode) -> None:
+def test_is_committed_as_it_runs(committed, rerun):
     cells = code_cells(committed)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     for cell, again in zip(cells, code_cells(rerun)[:-1], strict=True):
@@ -105,7 +103,7 @@ def test_is_committed_as_it_runs(committed: NotebookNode, rerun: NotebookNode) -
     assert sum("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs) == FIGURES
 
 
-def test_file_is_small_and_clean(committed: NotebookNode) -> None:
+def test_file_is_small_and_clean(committed):
     text = PATH.read_text(encoding="utf-8")
     assert len(text) < 400_000
     assert str(ROOT) not in text
@@ -113,13 +111,13 @@ def test_file_is_small_and_clean(committed: NotebookNode) -> None:
     assert not any(cell.metadata for cell in committed.cells)
 
 
-def test_starts_in_the_root_as_well(committed: NotebookNode) -> None:
+def test_starts_in_the_root_as_well(committed):
     lines = code_cells(committed)[0].source.splitlines()
     plain = "\n".join(line for line in lines if not line.startswith("%"))
     subprocess.run([sys.executable, "-E", "-c", plain], cwd=ROOT, check=True)
 
 
-def test_numbers_of_the_first_network(facts: dict[str, Any]) -> None:
+def test_numbers_of_the_first_network(facts):
     weight, unit = facts["weight"], facts["unit"]
     assert facts["model"] > 0.96
     assert all(abs(achieved - float(sparsity)) < 0.001 for sparsity, (achieved, _) in weight.items())
@@ -132,12 +130,12 @@ def test_numbers_of_the_first_network(facts: dict[str, Any]) -> None:
     assert facts["bytes"][1] < 0.35 * facts["bytes"][0]
 
 
-def test_numbers_of_other_models(facts: dict[str, Any]) -> None:
+def test_numbers_of_other_models(facts):
     assert facts["spared"] == ["conv1.weight", *(f"layer{n}.0.downsample.0.weight" for n in (2, 3, 4)), "fc.weight"]
     assert abs(facts["only"] - 0.95) < 0.001
 
 
-def test_numbers_of_the_own_network(facts: dict[str, Any]) -> None:
+def test_numbers_of_the_own_network(facts):
     by_layer, overall = (facts["swept"][scope]["0.95"] for scope in ("layer", "global"))  # pruned, then fine-tuned
     assert facts["network"] > 0.96
     assert overall[0] > by_layer[0] + 0.2
@@ -147,7 +145,7 @@ def test_numbers_of_the_own_network(facts: dict[str, Any]) -> None:
     assert facts["lamp_agrees"]
 
 
-def test_numbers_with_batchnorm(facts: dict[str, Any]) -> None:
+def test_numbers_with_batchnorm(facts):
     units, by_layer, overall = (facts["recalibrated"][name] for name in ("unit layer", "weight layer", "weight global"))
     assert facts["normed"] > 0.96
     assert units[1] > units[0] + 0.2
@@ -156,7 +154,7 @@ def test_numbers_with_batchnorm(facts: dict[str, Any]) -> None:
     assert overall[1] > max(by_layer[1] + 0.05, 0.94)
 
 
-def test_numbers_of_the_network_that_is_cut(facts: dict[str, Any]) -> None:
+def test_numbers_of_the_network_that_is_cut(facts):
     assert facts["channels"] == [8, 16, 32]
     assert facts["bytes"][3] < 0.5 * facts["bytes"][2]
     assert facts["cut"] > 0.94

@@ -1,13 +1,11 @@
 """system.py against real faults: full disks and pipes, dead terminals, signals, kills, processes that never come."""
 
 import contextlib
-import doctest
 import errno
 import io
 import json
 import os
 import re
-import resource
 import signal
 import socket
 import subprocess
@@ -38,8 +36,8 @@ def names(folder: Path) -> list[str]:
 # ── files ──
 
 
-def test_a_file_is_replaced_and_as_readable_as_any_other(tmp_path):
-    path = tmp_path / "file"
+def test_a_file_is_replaced_and_as_readable_as_any_other_and_its_folder_is_made(tmp_path):
+    path = tmp_path / "none" / "inner" / "file"
     before = os.umask(0o027)
     try:
         for data in (b"old and longer", b"new", io.BytesIO(b"view").getbuffer()):
@@ -48,7 +46,7 @@ def test_a_file_is_replaced_and_as_readable_as_any_other(tmp_path):
         assert path.stat().st_mode & 0o777 == 0o640
     finally:
         assert os.umask(before) == 0o027  # it is the whole process's, and nobody has touched it
-    assert names(tmp_path) == ["file"]
+    assert names(path.parent) == ["file"]
 
 
 @pytest.mark.parametrize("name", ["n" * 255, "ö" * 127, "数" * 85, "𝄞" * 63, ".hidden", "a b\nc"])
@@ -91,20 +89,6 @@ def test_what_is_no_regular_file_is_not_replaced(kind, tmp_path):
     assert [getattr(after, name) for name in kept] == [getattr(before, name) for name in kept]
 
 
-def test_a_full_disk_leaves_the_old_file_whole_and_no_litter(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
-    try:
-        with pytest.raises(OSError, match=os.strerror(errno.EFBIG)) as caught:
-            system.write_file(path, bytes(60_000))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert caught.value.filename == str(path)
-    assert path.read_text() == "old" and names(tmp_path) == ["file"]
-
-
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_a_step_that_fails_leaves_the_old_file_whole_and_no_litter(step, tmp_path, monkeypatch):
     def fail(*arguments: object):
@@ -129,13 +113,8 @@ def test_a_file_system_without_fsync_is_no_reason_to_fail(number, tmp_path, monk
     assert (tmp_path / "file").read_bytes() == b"new"
 
 
-def test_a_missing_folder_is_made(tmp_path):
-    system.write_file(tmp_path / "none" / "inner" / "file", b"new")
-    assert (tmp_path / "none" / "inner" / "file").read_bytes() == b"new"
-
-
 def test_a_kill_in_the_middle_of_a_write_leaves_the_old_file_whole_and_other_programs_files_stay(tmp_path):
-    """The disk is full again, and this time that is deadly. The file that the killed process leaves may be removed."""
+    """The disk is full, and that is deadly. The file that the killed process leaves may be removed."""
     code = """
 import resource, signal, sys, system; from pathlib import Path
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
@@ -168,27 +147,6 @@ for _ in range(100): system.write_file(Path(sys.argv[1]), sys.argv[2].encode() *
     assert [writer.returncode for writer in writers] == [0, 0]
     assert seen >= {b"a", b"b"}
     assert names(tmp_path) == ["file"]
-
-
-@pytest.mark.parametrize("place", ["file", "file/x", "/dev/null"])
-def test_a_folder_that_cannot_hold_files_is_told(place, tmp_path):
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(OSError) as caught:
-        system.write_file(tmp_path / place / "new", b"new")
-    assert caught.value.filename == str(tmp_path / place / "new")
-    assert names(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "mine"
-
-
-def test_a_read_only_folder_is_told():
-    code = """
-import os, system, tempfile; from pathlib import Path
-with tempfile.TemporaryDirectory() as folder:
-    os.chmod(folder, 0o555)
-    if os.geteuid() == 0: os.seteuid(65534)  # root may write anywhere
-    try: system.write_file(Path(folder) / "new", b"")
-    except PermissionError as error: print(error.filename.startswith(folder), os.listdir(folder))
-    os.seteuid(os.getuid()); os.chmod(folder, 0o755)"""
-    assert python(code, stdout=subprocess.PIPE).communicate()[0] == "True []\n"
 
 
 # ── messages ──
@@ -261,29 +219,6 @@ def test_an_error_is_one_printable_line():
 
 # ── signals ──
 
-STOP = """
-import sys, system, time; system.begin_program()
-try: print("ready", flush=True); time.sleep(60)
-finally:
-    print("cleaned up", flush=True)
-"""
-
-
-def stopped(number: int, *arguments: str, **options) -> tuple[subprocess.Popen, str]:
-    """A process that was sent a signal when it was ready, and what it printed next."""
-    run = python(STOP, *arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
-    assert run.stdout is not None and run.stdout.readline() == "ready\n"
-    run.send_signal(number)
-    return run, run.stdout.readline()
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_program_with_a_line_after_it_has_cleaned_up(number, status):
-    run, printed = stopped(number)
-    errors = run.communicate()[1]
-    assert (printed, run.returncode) == ("cleaned up\n", status)
-    assert errors.count("\n") == 2 and errors.startswith("\ntrain.py: stopped; ") and "the same command" in errors
-
 
 def test_a_signal_that_the_parent_ignores_stays_ignored():
     """As shells do with SIGINT for what runs in the background; SIGHUP is left as it was, too."""
@@ -297,12 +232,13 @@ print(signal.getsignal(signal.SIGHUP) == before)"""
 
 
 @pytest.mark.parametrize("stderr", ["closed", "full"])
-def test_a_signal_ends_it_with_its_status_where_nobody_can_read_the_line(stderr):
+def test_a_signal_ends_it_with_its_status_after_it_has_cleaned_up_where_nobody_can_read_the_line(stderr):
     code = "import signal, sys, system; system.begin_program()\n"
     code += {"closed": "sys.stderr.close()", "full": ""}[stderr]
-    code += "\nsignal.raise_signal(signal.SIGTERM)"
-    run = python(code, shell="2> /dev/full" if stderr == "full" else "", stderr=subprocess.PIPE)
-    assert run.communicate()[1] == "" and run.returncode == 143
+    code += "\ntry: signal.raise_signal(signal.SIGTERM)\nfinally: print('cleaned up')"
+    shell = "2> /dev/full" if stderr == "full" else ""
+    run = python(code, shell=shell, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert run.communicate() == ("cleaned up\n", "") and run.returncode == 143
 
 
 # ── machine ──
@@ -313,7 +249,3 @@ def test_the_machine_is_described_in_plain_values():
     assert list(machine) == ["python", "torch", "numpy", "hardware", "threads"]
     assert json.loads(json.dumps(machine)) == machine
     assert machine["hardware"] and machine["torch"] == torch.__version__
-
-
-def test_examples():
-    assert doctest.testmod(system).failed == 0

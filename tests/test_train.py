@@ -40,7 +40,7 @@ class SmallNetwork(NeuralNetwork):
 
 @pytest.fixture
 def titles(monkeypatch):
-    """A small network and empty plots, where neither is what the test is about; the titles of the plots."""
+    """A small network, empty plots and hasty measurements, where the test is about none of these; the plots' titles."""
     titles: list[str] = []
 
     def plot(rows: object, title: str, *_: object) -> Figure:
@@ -51,6 +51,9 @@ def titles(monkeypatch):
     monkeypatch.setattr(train, "SIZES", SMALL)
     monkeypatch.setattr(utils, "plot_accuracy_sparsity", plot)
     monkeypatch.setattr(utils, "plot_accuracy_weights", plot)
+    monkeypatch.setattr(train, "pick_precision", lambda *_: torch.float32)  # which auto measures, at each run anew
+    monkeypatch.setattr(costs, "ROUNDS", 1)
+    monkeypatch.setattr(costs, "ROUND_SECONDS", 0.001)
     return titles
 
 
@@ -58,9 +61,8 @@ small = pytest.mark.usefixtures("titles")
 
 
 def run_digits(folder: Path, *flags: str) -> int:
-    return train.main(
-        ["--dataset", "digits", "--models", str(folder / "models"), "--plots", str(folder / "plots"), *flags]
-    )
+    folders = ("--models", str(folder / "models"), "--plots", str(folder / "plots"))
+    return train.main(["--dataset", "digits", *folders, *flags])
 
 
 def read_rows(folder: Path, name: str = "digits_accuracy_sparsity.csv") -> list[dict[str, str]]:
@@ -70,6 +72,15 @@ def read_rows(folder: Path, name: str = "digits_accuracy_sparsity.csv") -> list[
 
 def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def seeds(folder: Path) -> list[str]:
+    """Those of the rows, each once."""
+    return list(dict.fromkeys(row["seed"] for row in read_rows(folder)))
+
+
+def load_digits_model(folder: Path) -> NeuralNetwork:
+    return NeuralNetwork.from_state_dict(torch.load(folder / "models/digits_model.bin", weights_only=True))
 
 
 def accuracy_percent(network: torch.nn.Module) -> float:
@@ -108,7 +119,7 @@ def test_the_whole_job_on_digits(tmp_path, capsys):
     assert int(rows[12]["weights_kept"]) <= 0.01 * 2_384_000 + 2000
     assert float(rows[12]["accuracy_percent"]) < 90  # 99 % of the weights matter
 
-    model = NeuralNetwork.from_state_dict(torch.load(tmp_path / "models/digits_model.bin", weights_only=True))
+    model = load_digits_model(tmp_path)
     about = json.loads((tmp_path / "models/digits_model.json").read_text())
     assert about["accuracy"]["testing_percent"] == pytest.approx(accuracy_percent(model))
     assert (about["seed"], about["settings"]["epochs"], about["settings"]["batch_size"]) == (0, 10, 64)
@@ -117,12 +128,12 @@ def test_the_whole_job_on_digits(tmp_path, capsys):
 
 @pytest.mark.mnist
 def test_the_whole_job_on_mnist(tmp_path):
-    """With two epochs in place of ten."""
+    """With one epoch in place of ten."""
     folders = ["--models", str(tmp_path), "--plots", str(tmp_path / "plots")]
-    assert train.main(["--dataset", "mnist", "--epochs", "2", "--k", "50", "80", "99", *folders]) == 0
+    assert train.main(["--dataset", "mnist", "--epochs", "1", "--k", "50", "80", "99", *folders]) == 0
     rows = {(row["method"], float(row["k_percent"])): row for row in read_rows(tmp_path, "accuracy_sparsity.csv")}
     accuracy = {point: float(row["accuracy_percent"]) for point, row in rows.items()}
-    assert accuracy["weight", 0] == accuracy["unit", 0] > 97
+    assert accuracy["weight", 0] == accuracy["unit", 0] > 95
     assert accuracy["weight", 80] > accuracy["weight", 0] - 1
     assert accuracy["unit", 50] > accuracy["weight", 0] - 2
     assert accuracy["unit", 99] < 50
@@ -142,7 +153,7 @@ def test_the_same_seed_gives_the_same_files_and_another_does_not(tmp_path):
 @small
 def test_scores_of_shrunk_and_sparse_copies_are_those_of_the_masked_network(tmp_path):
     assert run_digits(tmp_path, "--epochs", "4", "--k", "25", "60", "80", "95") == 0
-    model = NeuralNetwork.from_state_dict(torch.load(tmp_path / "models/digits_model.bin", weights_only=True))
+    model = load_digits_model(tmp_path)
     for row in read_rows(tmp_path):
         pruned = prune.prune_model(model, row["method"], float(row["k_percent"]) / 100)
         assert float(row["accuracy_percent"]) == pytest.approx(accuracy_percent(pruned), abs=1e-3)
@@ -180,8 +191,7 @@ def test_a_training_of_one_step_in_all_learns_something(tmp_path):
     torch.manual_seed(0)
     before = SmallNetwork()
     assert run_digits(tmp_path, "--epochs", "1", "--batch-size", "2000", "--k", "50") == 0
-    state = torch.load(tmp_path / "models/digits_model.bin", weights_only=True)
-    assert (state["fc1.weight"] - before.get_parameter("fc1.weight")).abs().max() > 1e-3
+    assert (load_digits_model(tmp_path).fc1.weight - before.fc1.weight).abs().max() > 1e-3
     assert float(read_rows(tmp_path)[0]["accuracy_percent"]) > accuracy_percent(before)
 
 
@@ -237,11 +247,8 @@ def test_fine_tuning_prunes_as_much_as_was_asked_for_and_leaves_the_dense_networ
 # ── costs, kept networks, --model ──
 
 
-def test_costs_and_kept_networks(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(costs, "ROUNDS", 1)
-    monkeypatch.setattr(costs, "ROUND_SECONDS", 0.001)
-    monkeypatch.setattr(utils, "plot_accuracy_weights", lambda *_: Figure((1, 1)))
-    monkeypatch.setattr(utils, "plot_accuracy_sparsity", lambda *_: Figure((1, 1)))
+@small
+def test_costs_and_kept_networks(tmp_path, capsys):
     flags = ("--epochs", "1", "--k", "90", "--costs", "--keep", "weight:90", "--keep", "unit:60")
     assert run_digits(tmp_path, *flags) == 0
     rows = read_rows(tmp_path, "digits_cost_sparsity.csv")
@@ -251,18 +258,17 @@ def test_costs_and_kept_networks(tmp_path, capsys, monkeypatch):
     assert {row["batch_size"] for row in rows} == {"1", "256"}
     assert all(float(row["latency_ms"]) > 0 for row in rows)
     size = {(row["method"], row["k_percent"]): int(row["stored_bytes"]) for row in rows}
-    assert size["unit", "90"] < 0.041 * size["unit", "0"] and size["weight", "90"] < 0.14 * size["weight", "0"]
+    assert size["unit", "90"] < 0.11 * size["unit", "0"] and size["weight", "90"] < 0.2 * size["weight", "0"]
     assert (tmp_path / "plots/digits_cost_sparsity.png").exists()
     assert "batch 256: " in capsys.readouterr().out
 
     state, info = compress.load_compressed(tmp_path / "models/digits_unit_60.bin")
     network = NeuralNetwork.from_state_dict(state)
-    assert network.sizes == (784, 400, 400, 200, 80, 10)
+    assert network.sizes == (784, 24, 12, 10)
     assert info["accuracy_percent"] == pytest.approx(accuracy_percent(network))
     assert (info["method"], info["k_percent"], info["settings"]["epochs"]) == ("unit", 60, 1)
-    assert (tmp_path / "models/digits_weight_90.bin").stat().st_size < 0.14 * int(rows[0]["dense_bytes"])
+    assert (tmp_path / "models/digits_weight_90.bin").stat().st_size < 0.2 * int(rows[0]["dense_bytes"])
 
-    monkeypatch.setattr(train, "NeuralNetwork", SmallNetwork)
     assert run_digits(tmp_path, "--epochs", "1", "--k", "90") == 0  # which leaves these, of a network that has gone
     out = capsys.readouterr().out
     for name in ("models/digits_unit_60.bin", "plots/digits_cost_sparsity.csv", "plots/digits_cost_sparsity.png"):
@@ -321,7 +327,7 @@ def test_a_model_and_a_json_that_disagree_are_told(tmp_path):
         about.write_bytes(content)
         with pytest.warns(UserWarning, match=r"digits_model.json does not describe .*digits_model.bin"):
             assert run_digits(tmp_path, "--k", "50", "--model", str(path)) == 0
-        assert {row["seed"] for row in read_rows(tmp_path)} == {""}
+        assert seeds(tmp_path) == [""]
     about.write_bytes(whole)
     model = bytearray(path.read_bytes())
     model[len(model) // 2] ^= 1  # the flip of one bit
@@ -400,15 +406,22 @@ def test_a_stopped_run_goes_on_with_more_seeds_but_not_with_other_settings(tmp_p
         trained.clear()
 
 
-def test_ranks_go_on_with_their_own_seeds_of_what_one_process_left(tmp_path, trained, monkeypatch):
+def be_rank(monkeypatch, rank: str) -> None:
+    for name, value in (("TORCHELASTIC_RUN_ID", "none"), ("WORLD_SIZE", "2"), ("RANK", rank)):
+        monkeypatch.setenv(name, value)
+
+
+def test_ranks_go_on_with_their_own_seeds_of_what_one_process_left(tmp_path, trained, monkeypatch, capsys):
+    be_rank(monkeypatch, "0")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")  # then it is not torchrun's
     assert run_digits(tmp_path / "undisturbed", *BRIEF, "--seeds", "4") == 0
     stop_before(2, tmp_path, trained, *BRIEF, "--seeds", "4")
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in ("1", "0"):  # the last one reports
+    capsys.readouterr()
+    for rank in ("1", "0"):
         assert not (tmp_path / CSV).exists()
-        monkeypatch.setenv("RANK", rank)
+        be_rank(monkeypatch, rank)
         assert run_digits(tmp_path, *BRIEF, "--seeds", "4") == 0
+        assert ("the one that ends last reports" in capsys.readouterr().out) == (rank == "1")
     assert trained == [3, 2]
     assert (tmp_path / CSV).read_bytes() == (tmp_path / "undisturbed" / CSV).read_bytes()
 
@@ -417,7 +430,7 @@ def test_costs_and_kept_networks_are_of_the_first_seed(tmp_path, trained):
     flags = (*BRIEF, "--keep", "unit:50")
     stop_before(2, tmp_path, trained, *flags, "--seeds", "3")
     assert run_digits(tmp_path, *flags, "--seed", "1", "--seeds", "2") == 0  # 1 is done, but all files are of seed 0
-    assert {row["seed"] for row in read_rows(tmp_path)} == {"1", "2"} and trained == [1, 2]
+    assert seeds(tmp_path) == ["1", "2"] and trained == [1, 2]
     trained.clear()
     stop_before(3, tmp_path, trained, *flags, "--seeds", "4")
     assert run_digits(tmp_path, *flags, "--seeds", "4") == 0
@@ -483,12 +496,18 @@ def test_a_disk_that_is_full_leaves_the_file_of_before(name, told, tmp_path, tra
         assert "would do this seed again" in capsys.readouterr().err
 
 
+class Unsaveable:
+    def savefig(self, *_: object, **__: object) -> None:
+        raise ZeroDivisionError("division by zero")
+
+
 def test_a_plot_that_fails_costs_nothing_but_itself(tmp_path, trained, monkeypatch, capsys):
     flags = (*BRIEF, "--seeds", "2")
-    with monkeypatch.context() as patch:
-        patch.setattr(utils, "plot_accuracy_sparsity", lambda *_: 1 / 0)
-        assert run_digits(tmp_path, *flags) == 1
-    assert re.search(r"cannot draw accuracy_sparsity: division by zero\n$", capsys.readouterr().err)
+    for plot in (lambda *_: 1 / 0, lambda *_: Unsaveable()):
+        with monkeypatch.context() as patch:
+            patch.setattr(utils, "plot_accuracy_sparsity", plot)
+            assert run_digits(tmp_path, *flags) == 1
+        assert re.search(r"cannot draw accuracy_sparsity: division by zero\n$", capsys.readouterr().err)
     assert {CSV, "plots/digits_accuracy_weights.png"} <= files(tmp_path)
     assert len(read_rows(tmp_path)) == 8
     assert run_digits(tmp_path, *flags) == 0  # once it is mended, nothing is trained again
@@ -572,26 +591,21 @@ def after_training(monkeypatch, act, seed=1) -> None:
     monkeypatch.setattr(train, "train", training)
 
 
-def test_a_model_that_is_moved_away_during_the_run_takes_no_rows_with_it(tmp_path, trained, monkeypatch):
-    after_training(monkeypatch, (tmp_path / "models/digits_model.bin").unlink)
-    assert run_digits(tmp_path, *BRIEF, "--seeds", "2") == 0
-    assert {row["seed"] for row in read_rows(tmp_path)} == {"0", "1"}
+@pytest.mark.parametrize("gone", ["models/digits_model.bin", "plots"])
+def test_what_is_moved_away_during_the_run_takes_no_rows_with_it(gone, tmp_path, trained, monkeypatch):
+    after_training(monkeypatch, lambda: (tmp_path / gone).rename(tmp_path / "away"))
+    assert run_digits(tmp_path, *BRIEF, "--seeds", "3") == 0
+    assert seeds(tmp_path) == ["0", "1", "2"]
 
 
-@pytest.mark.parametrize(("change", "error"), [("unlink", FileNotFoundError), ("touch", ValueError)])
-def test_costs_are_of_no_network_that_took_the_place_of_the_first(change, error, tmp_path, trained, monkeypatch):
+@pytest.mark.parametrize("change", ["unlink", "touch"])
+def test_costs_are_of_no_network_that_took_the_place_of_the_first(change, tmp_path, trained, monkeypatch):
     path = tmp_path / "models/digits_model.bin"
     after_training(monkeypatch, getattr(path, change))
-    with pytest.raises(error, match=r"digits_model\.bin"):
+    with pytest.raises(ValueError, match=r"no costs: .*digits_model\.bin"):
         run_digits(tmp_path, *BRIEF, "--seeds", "2", "--costs")
-    assert {row["seed"] for row in read_rows(tmp_path)} == {"0", "1"}
+    assert seeds(tmp_path) == ["0", "1"]
     assert not (tmp_path / "plots/digits_cost_sparsity.csv").exists()
-
-
-def test_a_folder_that_was_removed_is_made_again_for_the_rows(tmp_path, trained, monkeypatch):
-    after_training(monkeypatch, lambda: shutil.rmtree(tmp_path / "plots"))
-    assert run_digits(tmp_path, *BRIEF, "--seeds", "3") == 0
-    assert {row["seed"] for row in read_rows(tmp_path)} == {"0", "1", "2"}
 
 
 def test_rows_whose_folder_takes_no_files_are_written_elsewhere(tmp_path, trained, monkeypatch, capsys):
@@ -609,22 +623,25 @@ def test_rows_whose_folder_takes_no_files_are_written_elsewhere(tmp_path, traine
 
 
 def test_a_rank_that_cannot_hand_over_its_rows_fails(tmp_path, trained, monkeypatch):
-    for name, value in (("TORCHELASTIC_RUN_ID", "none"), ("WORLD_SIZE", "2"), ("RANK", "1")):
-        monkeypatch.setenv(name, value)
+    be_rank(monkeypatch, "1")
     path = tmp_path / "plots/digits_accuracy_sparsity_seed_1.unfinished"
     after_training(monkeypatch, lambda: path.mkdir(parents=True))
     with pytest.raises(OSError, match=path.name):
         run_digits(tmp_path, *BRIEF, "--seeds", "2")
 
 
-def test_two_ranks_write_what_one_process_writes(tmp_path):
-    flags = [*BRIEF, "--dataset", "digits", "--precision", "fp32", "--seeds", "3"]
+def test_two_ranks_write_what_one_process_writes(tmp_path, capsys, monkeypatch):
+    for name in ("plot_accuracy_sparsity", "plot_accuracy_weights"):
+        monkeypatch.setattr(utils, name, lambda *_: Figure((1, 1)))
+    flags = (*BRIEF, "--precision", "fp32", "--seeds", "2")
+    assert run_digits(tmp_path / "one", *flags) == 0
+    folders = ["--models", str(tmp_path / "two/models"), "--plots", str(tmp_path / "two/plots")]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    for name, start in (("one", [sys.executable]), ("two", launch)):
-        folders = ["--models", str(tmp_path / name / "models"), "--plots", str(tmp_path / name / "plots")]
-        done = subprocess.run([*start, str(ROOT / "src/train.py"), *flags, *folders], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert len([line for line in done.stdout.splitlines() if re.match("wrote .*(bin|csv|png)$", line)]) == 4
+    command = [*launch, str(ROOT / "src/train.py"), "--dataset", "digits", *flags, *folders]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for output in (capsys.readouterr().out, done.stdout):
+        assert len([line for line in output.splitlines() if re.match("wrote .*(bin|csv|png)$", line)]) == 4
     assert files(tmp_path / "one") == files(tmp_path / "two")
     for name in (CSV, "models/digits_model.bin"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()

@@ -1,18 +1,18 @@
-"""Thousands of calls with arguments of every wrong kind: documented exceptions alone, and nothing changed after one."""
+"""Calls with arguments of every wrong kind: documented exceptions alone, and nothing changed after one.
+
+`python -m pytest tests/faults/test_fuzz.py --calls 50000` makes more of them.
+"""
 
 import copy
 import inspect
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, note, settings
-from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -30,12 +30,6 @@ from costs import CostRow
 from engine import Adam, Engine, gradual_masks, pick_device, pick_precision, random_masks
 from model import NeuralNetwork
 from utils import Row
-
-FUZZ = settings(
-    derandomize=True, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
-)
-SEEDS = st.integers(0, 2**63)  # one draw an example: hypothesis takes longer to draw arguments than calls take
-
 
 # ── arguments ──
 
@@ -105,32 +99,26 @@ LIKELY: dict[str, list[Any]] = {  # by the name of the argument
 
 
 def train_epoch(
-    model: Any,
-    batches: Any,
-    precision: Any = torch.float32,
-    label_smoothing: Any = 0.0,
-    unit_lasso: Any = 0.0,
-    masks: Any = None,
-    straight_through: Any = False,
-) -> object:
+    model, batches, precision=torch.float32, label_smoothing=0.0, unit_lasso=0.0, masks=None, straight_through=False
+):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if isinstance(model, nn.Module) else None
     options = {"label_smoothing": label_smoothing, "unit_lasso": unit_lasso, "masks": masks, "precision": precision}
     return Engine(model, optimizer, straight_through=straight_through, **options).train_epoch(batches)
 
 
-def evaluate(model: Any, batches: Any) -> object:
+def evaluate(model, batches):
     return Engine(model).evaluate(batches)
 
 
-def loss(logits: Any, targets: Any) -> object:
+def loss(logits, targets):
     return Engine(NeuralNetwork((4, 3, 2))).loss(logits, targets)
 
 
-def masks_of_steps(model: Any, steps: Any, seed: Any) -> object:
+def masks_of_steps(model, steps, seed):
     return list(random_masks(model, steps, seed))
 
 
-def gradually(model: Any, method: Any, sparsity: Any, steps: Any, **choice: Any) -> object:
+def gradually(model, method, sparsity, steps, **choice):
     return list(gradual_masks(model, method, sparsity, steps, **choice))
 
 
@@ -143,13 +131,13 @@ METHODS = {train_epoch: Engine.train_epoch, evaluate: Engine.evaluate, loss: Eng
            masks_of_steps: prune.find_masks, gradually: prune.find_masks}  # fmt: skip
 
 
-def public(module: ModuleType) -> list[Callable[..., Any]]:
+def public(module):
     """What a module defines for others."""
     found = [value for name, value in vars(module).items() if not name.startswith("_") and callable(value)]
     return [value for value in found if getattr(value, "__module__", "") == module.__name__ and value not in LEFT_OUT]
 
 
-def parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+def parameters(function):
     """Those of a function; in the place of any options those of find_masks."""
     own = list(inspect.signature(function).parameters.values())
     if own[-1:] and own[-1].kind is inspect.Parameter.VAR_KEYWORD:
@@ -165,15 +153,8 @@ FUNCTIONS: list[Callable[..., Any]] = [
     *(function for module in MODULES for function in public(module)), NeuralNetwork.from_state_dict,
     *METHODS, pick_device, pick_precision, files.load_model,
 ]  # fmt: skip
-assert set(public(engine)) == {
-    Adam,
-    Engine,
-    random_masks,
-    gradual_masks,
-    pick_device,
-    pick_precision,
-}  # the first is torch's
-SLOW = {"plot": 0.1, "measure": 0.1, "precision": 0.1, "machine": 0.1, "latency": 0.3}
+assert set(public(engine)) == {Adam, Engine, random_masks, gradual_masks, pick_device, pick_precision}
+SLOW = {"Network": 0.3, "plot": 0.1, "measure": 0.1, "precision": 0.1, "machine": 0.1, "latency": 0.3}
 WEIGHTS = [next((rate for word, rate in SLOW.items() if word in each.__name__), 1) for each in FUNCTIONS]
 PARAMETERS = {function: parameters(function) for function in FUNCTIONS}
 TORCHS = (compress.latency, costs.measure_costs, prune.recalibrate, utils.l2)
@@ -191,13 +172,13 @@ DOCUMENTED = {
 }
 
 
-def argument(name: str, chance: random.Random) -> Any:
+def argument(name, chance):
     """An argument that is of the right kind more often than not, so that the calls get past the first check."""
     pool = LIKELY[name] if name in TYPED or chance.random() < 0.8 else ANYTHING
     return copy.deepcopy(chance.choice(pool))
 
 
-def arguments(function: Callable[..., Any], chance: random.Random, folder: Path) -> dict[str, Any]:
+def arguments(function, chance, folder):
     given = {
         parameter.name: argument(parameter.name, chance)
         for parameter in PARAMETERS[function]
@@ -227,7 +208,7 @@ def arguments(function: Callable[..., Any], chance: random.Random, folder: Path)
     return given
 
 
-def frozen(value: Any) -> Any:
+def frozen(value):
     """Something that can be compared with what it is made of later."""
     if isinstance(value, nn.Module):
         return [(name, frozen(each)) for name, each in value.state_dict().items()], [type(m) for m in value.modules()]
@@ -243,7 +224,7 @@ def frozen(value: Any) -> Any:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_measurements() -> Iterator[None]:
+def quick_measurements():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(costs, "ROUNDS", 1)
         patch.setattr(costs, "ROUND_SECONDS", 1e-4)
@@ -251,31 +232,22 @@ def quick_measurements() -> Iterator[None]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@settings(FUZZ, max_examples=4500)
-@given(SEEDS)
-def test_public_functions_raise_what_they_document_and_change_nothing(tmp_path_factory, seed):
-    chance = random.Random(seed)
-    (function,) = chance.choices(FUNCTIONS, WEIGHTS)
-    given = arguments(function, chance, tmp_path_factory.getbasetemp())
-    note(f"{function.__qualname__}(**{given})")
-    before = frozen(given)
-    try:
-        function(**given)
-    except Exception as error:
-        assert {kind.__name__ for kind in type(error).__mro__} & DOCUMENTED[function], repr(error)
-        assert str(error).strip()
-        if function is not train_epoch:  # what a batch has done is done
-            assert frozen(given) == before
-    else:
-        if function not in (prune.apply_masks, train_epoch):  # which are there to change their argument
-            assert frozen(given) == before
-
-
-def test_targets_that_would_be_compared_with_every_image_are_refused():
-    images = torch.rand(2, 4)
-    for run in (evaluate, train_epoch):
-        with pytest.raises(ValueError, match=r"expected 2 targets, one an image, got shape \(2, 1\)"):
-            run(NeuralNetwork((4, 3, 2)), [(images, torch.tensor([[0], [1]]))])
+def test_public_functions_raise_what_they_document_and_change_nothing(tmp_path, pytestconfig):
+    for seed in range(pytestconfig.getoption("--calls")):
+        chance = random.Random(seed)
+        (function,) = chance.choices(FUNCTIONS, WEIGHTS)
+        given = arguments(function, chance, tmp_path)
+        before = frozen(given)
+        try:
+            function(**given)
+        except Exception as error:
+            call = f"{seed}: {function.__qualname__}(**{given}) raised {error!r}"
+            assert {kind.__name__ for kind in type(error).__mro__} & DOCUMENTED[function], call
+            assert str(error).strip(), call
+            changed = function is not train_epoch and frozen(given) != before  # what a batch has done is done
+        else:  # these are there to change their argument
+            changed = function not in (prune.apply_masks, train_epoch) and frozen(given) != before
+        assert not changed, f"{seed}: {function.__qualname__}(**{given})"
 
 
 # ── the command line ──
@@ -284,10 +256,11 @@ FLAGS = [f"--{name.replace('_', '-')}" for name in Config.__dataclass_fields__] 
 VALUES = ["0", "-1", "x", "nan", "inf", "1e400", "101", "", " ", "3", "0.5", "mnist", "fc1", "weight:90", "unit:", "ö"]
 
 
-@settings(FUZZ, max_examples=500)
-@given(st.lists(st.sampled_from(FLAGS) | st.sampled_from(VALUES) | st.text(max_size=5), max_size=6))
-def test_the_command_line_answers_anything_with_one_line(capsys, argv):
-    try:
-        parse_config(argv)
-    except SystemExit as ending:
-        assert ending.code == 2 and capsys.readouterr().err.count("\n") == 1
+def test_the_command_line_answers_anything_with_one_line(capsys, pytestconfig):
+    for seed in range(pytestconfig.getoption("--calls") // 10):
+        chance = random.Random(seed)
+        argv = chance.choices([*FLAGS, *VALUES, *map(chr, chance.sample(range(0xD800), 5))], k=chance.randrange(7))
+        try:
+            parse_config(argv)
+        except SystemExit as ending:
+            assert ending.code == 2 and capsys.readouterr().err.count("\n") == 1, argv

@@ -24,18 +24,8 @@ from runs import Run, flags_for
 from files import load_model
 
 SEEDS = 3
-FLAGS = (
-    "--seeds",
-    str(SEEDS),
-    "--keep",
-    "unit:50",
-    "--precision",
-    "fp32",
-    "--models",
-    "m",
-    "--plots",
-    "p",
-)  # relative: the same JSON anywhere
+FLAGS = ["--seeds", str(SEEDS), "--keep", "unit:50", "--precision", "fp32"]
+FLAGS += ["--models", "m", "--plots", "p"]  # relative: the same JSON anywhere
 MODEL, ABOUT = "m/digits_model.bin", "m/digits_model.json"
 WRITES = {  # temporary files bear the names of what they become
     **{name: f".{name}.*.tmp" for name in ("digits_model.bin", "digits_model.json", "digits_accuracy_sparsity.csv")},
@@ -62,11 +52,7 @@ def finished_seeds(folder: Path) -> int:
 
 
 def check_whole(folder: Path, old: dict[str, bytes], new: dict[str, bytes]) -> int:
-    """Every file is as the earlier run or as this one wrote it, and a pair that disagrees is noticed.
-
-    Returns:
-        Finished seeds.
-    """
+    """Every file is as one of the two runs wrote it, and a pair that disagrees is noticed; returns finished seeds."""
     left = contents(folder)
     finished = finished_seeds(folder)
     for name, content in left.items():
@@ -96,10 +82,6 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     old, new = contents(folder), contents(later)
     assert old.keys() == new.keys() and all(old[name] != new[name] for name in old if not name.endswith(".png"))
     return folder, old, new, time.perf_counter() - started
-
-
-def is_writing(name: str, folder: Path) -> bool:
-    return any(folder.rglob(WRITES[name]))
 
 
 def kill(run: Run, folder: Path) -> str:
@@ -148,7 +130,8 @@ def test_a_killed_run_leaves_whole_files_and_the_next_one_ends_well(versions, tm
         if number % 2:
             time.sleep(moment.uniform(0, duration))
         else:
-            run.wait_for(functools.partial(is_writing, moment.choice([*WRITES]), folder))
+            written = WRITES[moment.choice([*WRITES])]
+            run.wait_for(lambda folder=folder, written=written: any(folder.rglob(written)))
             time.sleep(moment.uniform(0, 0.002))
         if (doing := kill(run, folder)) != "nothing any more":
             fell[doing] += 1
