@@ -9,7 +9,6 @@ import timeit
 from pathlib import Path
 
 import numpy as np
-import torch
 from timing import ROOT, alternate, make_parser, print_machine, print_table, spread
 
 import data  # src/ is on the path since timing
@@ -42,7 +41,7 @@ def main() -> None:
         tried = {n: run([*ordinary, str(n), "--epochs", "1", "--k", "50"])[0] for n in sorted(workers)}
         fastest = min(tried, key=lambda n: tried[n])
         jobs = {"main job": main_job, "ordinary script": [*ordinary, str(fastest)]}
-        if pick_precision("auto", pick_device("auto")) is torch.bfloat16:
+        if pick_precision("auto", pick_device("auto")) == "bf16":
             jobs["main job, fp32"] = [*main_job, "--precision", "fp32"]
         if options.other:
             jobs["other"] = [str(options.other.resolve()), *main_job[1:]]

@@ -158,20 +158,21 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0) % torch.cuda.device_count())
 
 
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """Choose the type of the training passes: "bf16", "fp32", or "auto", bf16 where it multiplies clearly faster."""
+def pick_precision(name: str, device: torch.device) -> str:
+    """Choose "bf16" or "fp32" for the training passes; for "auto" bf16 where it multiplies clearly faster."""
 
     def seconds(dtype: torch.dtype) -> float:
         matrix = torch.ones(1000, 1000, dtype=dtype, device="cpu")
         return min(timeit.repeat(lambda: matrix[:512] @ matrix, number=1, repeat=10))
 
-    if name == "auto" and device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     # Without the instructions a product takes a second. With them it may be slower, so it is tried. Ranks must agree.
     native = any(getattr(torch.cpu, probe, bool)() for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    tried = name == "auto" and native and torchrun_rank() == (0, 1)
-    faster = tried and 1.3 * seconds(torch.bfloat16) < seconds(torch.float32)
-    return torch.bfloat16 if name == "bf16" or faster else torch.float32
+    tried = native and torchrun_rank() == (0, 1)
+    return "bf16" if tried and 1.3 * seconds(torch.bfloat16) < seconds(torch.float32) else "fp32"
 
 
 class Adam(torch.optim.Adam):

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
@@ -111,17 +112,19 @@ def write_progress(config: Config, seed: int, rows: list[Row]) -> None:
         warn(f"{error}: a stopped run would do this seed again")
 
 
-def read_progress(config: Config, seed: int) -> list[Row]:
-    """The rows of a seed; none where there are none, or where they are damaged or another run's."""
-    path = progress_path(config, seed)
-    if not path.is_file():
-        return []
-    checksum, _, text = path.read_text(encoding="utf-8", errors="replace").partition("\n")
-    if checksum != _checksum(config, seed, text):
-        warn(f"{path} is damaged, or of another run: it is not used")
-        return []
-    say(f"read {path}")
-    return [Row(*values) for values in json.loads(text)]
+def read_progress(config: Config, seeds: Iterable[int]) -> dict[int, list[Row]]:
+    """Seed → its rows, where there are any; not where they are damaged, or another run's."""
+    found = {}
+    for seed in seeds:
+        if not (path := progress_path(config, seed)).is_file():
+            continue
+        checksum, _, text = path.read_text(encoding="utf-8", errors="replace").partition("\n")
+        if checksum == _checksum(config, seed, text):
+            say(f"read {path}")
+            found[seed] = [Row(*values) for values in json.loads(text)]
+        else:
+            warn(f"{path} is damaged, or of another run: it is not used")
+    return found
 
 
 def _checksum(config: Config, seed: int, text: str) -> str:

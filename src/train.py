@@ -41,32 +41,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(argv)
     device = pick_device(config.device)
     dataset = load(config.dataset, config.inputs, holdout=config.holdout, device=device)
-    precision = str(pick_precision(config.precision, device)).removeprefix("torch.")
-    batch_size = config.batch_size or BATCH_SIZE[dataset.name]
+    precision, batch_size = pick_precision(config.precision, device), config.batch_size or BATCH_SIZE[dataset.name]
     config = replace(config, dataset=dataset.name, device=device.type, precision=precision, batch_size=batch_size)
     check_outputs(config)
     announce(dataset, config)
 
-    rank, ranks = system.torchrun_rank()  # ranks share the seeds
-    seeds, done = range(config.seed, config.seed + config.seeds), dict[int, list[Row]]()
-    for seed in seeds[rank::ranks]:
-        done[seed] = files.read_progress(config, seed)  # of a run that was stopped
-        if not done[seed]:
-            torch.manual_seed(seed)
-            if config.model is None:
-                model = NeuralNetwork().to(device)
-                train(model, dataset, config, seed)  # by an Engine, epoch after epoch
-            else:
-                model = files.load_model(config.model).to(device)
-            for method in config.methods:
-                done[seed] += sweep(model, method, dataset, config, seed)  # through prune.py's masks at every k
-            files.write_progress(config, seed, done[seed])
-    done = {seed: done.get(seed) or files.read_progress(config, seed) for seed in seeds}  # those of other ranks, too
-    if not all(done.values()):
+    seeds, (rank, ranks) = range(config.seed, config.seed + config.seeds), system.torchrun_rank()
+    rows_of = files.read_progress(config, seeds)  # of a run that was stopped
+    for seed in sorted({*seeds[rank::ranks]} - {*rows_of}):  # torchrun's ranks share the seeds
+        torch.manual_seed(seed)
+        if config.model is None:
+            model = NeuralNetwork().to(device)
+            train(model, dataset, config, seed)  # by an Engine, epoch after epoch
+        else:
+            model = files.load_model(config.model).to(device)
+        rows_of[seed] = []
+        for method in config.methods:
+            rows_of[seed] += sweep(model, method, dataset, config, seed)  # through prune.py's masks at every k
+        files.write_progress(config, seed, rows_of[seed])
+    rows_of |= files.read_progress(config, {*seeds} - {*rows_of})  # of other ranks
+    if len(rows_of) < len(seeds):
         say("other ranks are not done: the one that ends last reports")
         return 0
 
-    rows, text = [row for seed in seeds for row in done[seed]], title(dataset, config)
+    rows, text = [row for seed in seeds for row in rows_of[seed]], title(dataset, config)
     say(f"{utils.format_table(rows)}\n{utils.format_facts(rows)}")
     utils.write_csv(files.output(config, "accuracy_sparsity.csv"), rows)
     others = utils.LENET_300_100 if config.finetune_epochs and dataset.name == "mnist" and not config.model else ()
@@ -134,8 +132,9 @@ def prepare(
     optimizer = Adam(model.parameters(), lr=peak, weight_decay=config.weight_decay, fused=True)
     # Of one step in all, the schedule makes its lowest rate, at which nothing is learned.
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=max(steps, 2))
-    options |= {"precision": getattr(torch, config.precision), "label_smoothing": config.label_smoothing}
-    return Engine(model, optimizer, scheduler=schedule, masks=masks and masks(steps=steps), **options), batches
+    options["precision"] = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    options |= {"label_smoothing": config.label_smoothing, "masks": masks and masks(steps=steps)}
+    return Engine(model, optimizer, scheduler=schedule, **options), batches
 
 
 def evaluate(model: nn.Module, dataset: Dataset) -> float:
@@ -196,7 +195,7 @@ def pruning(config: Config) -> dict[str, Any]:
 def report_costs(rows: list[Row], text: str, dataset: Dataset, config: Config) -> bool:
     """CSV, table and plot of what the first network costs when it is pruned; returns whether the plot was drawn."""
     path = config.model or files.output(config, "model.bin")
-    if not files.read_progress(config, config.seed):  # where it is another file than when they were written
+    if not files.read_progress(config, [config.seed]):  # where it is another file than when they were written
         raise ValueError(f"no costs: {path} may be another network than that of these rows")
     model = files.load_model(path).to(dataset.test_images.device)
     own = [row for row in rows if row.seed == rows[0].seed and row.method in ("weight", "unit")]

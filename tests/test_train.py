@@ -51,7 +51,7 @@ def titles(monkeypatch):
     monkeypatch.setattr(train, "SIZES", SMALL)
     monkeypatch.setattr(utils, "plot_accuracy_sparsity", plot)
     monkeypatch.setattr(utils, "plot_accuracy_weights", plot)
-    monkeypatch.setattr(train, "pick_precision", lambda *_: torch.float32)  # which auto measures, at each run anew
+    monkeypatch.setattr(train, "pick_precision", lambda *_: "fp32")  # which auto measures, at each run anew
     monkeypatch.setattr(costs, "ROUNDS", 1)
     monkeypatch.setattr(costs, "ROUND_SECONDS", 0.001)
     return titles
@@ -230,7 +230,7 @@ def test_every_way_to_prune_with_fine_tuning(tmp_path, capsys):
 @pytest.mark.parametrize(("method", "scope"), [("weight", "layer"), ("unit", "layer"), ("weight", "global")])
 def test_fine_tuning_prunes_as_much_as_was_asked_for_and_leaves_the_dense_network(method, scope):
     digits = load("digits", ROOT / "inputs")
-    config = Config("digits", precision="float32", scope=scope, finetune_epochs=2, unit_lasso=1.0)
+    config = Config("digits", precision="fp32", scope=scope, finetune_epochs=2, unit_lasso=1.0)
     dense = SmallNetwork()
     engine, batches = train.prepare(dense, digits, config, 0, epochs=2, peak=5e-3, masks=None)
     engine.train_epoch(batches)

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from conftest import ROOT
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -35,8 +34,8 @@ def empty_plot(*_: object) -> Figure:
     return Figure((1, 1))
 
 
-def fp32(*_: object) -> torch.dtype:
-    return torch.float32
+def fp32(*_: object) -> str:
+    return "fp32"
 
 
 def be_small() -> None:
