@@ -111,7 +111,7 @@ def train(model: nn.Module, dataset: Dataset, config: Config, seed: int) -> None
     """Train a network in place, a line an epoch; that of the first seed is saved."""
     masks = partial(random_masks, model, seed=seed, **pruning(config)) if config.every_k else None
     options = {"masks": masks, "unit_lasso": config.unit_lasso}
-    engine, batches = prepare(model, dataset, config, seed, config.epochs, config.learning_rate, **options)
+    engine, batches = make_engine(model, dataset, config, seed, config.epochs, config.learning_rate, **options)
     what = "Held-out" if config.holdout else "Testing"
     for epoch in range(1, config.epochs + 1):
         training = engine.train_epoch(bar(batches, f"epoch {epoch}/{config.epochs}"))
@@ -122,7 +122,7 @@ def train(model: nn.Module, dataset: Dataset, config: Config, seed: int) -> None
         files.save_model(model, config, {"training_percent": 100 * training, f"{what.lower()}_percent": 100 * testing})
 
 
-def prepare(
+def make_engine(
     model: nn.Module, dataset: Dataset, config: Config, seed: int, epochs: int, peak: float, masks: Any, **options: Any
 ) -> tuple[Engine, Batches]:
     """An Engine with Adam on a one-cycle schedule to a peak of the learning rate, and batches in the seed's order."""
@@ -177,7 +177,7 @@ def finetune(model: nn.Module, method: str, k: float, dataset: Dataset, config: 
     epochs, peak = config.finetune_epochs, config.finetune_learning_rate * k / 100
     if sparsity and peak:
         masks = partial(gradual_masks, network, method, sparsity, **choice)
-        engine, batches = prepare(network, dataset, config, seed, epochs, peak, masks=masks, straight_through=True)
+        engine, batches = make_engine(network, dataset, config, seed, epochs, peak, masks=masks, straight_through=True)
         for epoch in range(1, epochs + 1):
             engine.train_epoch(bar(batches, f"{method} {k:g} %, epoch {epoch}/{epochs}"))
     prune.apply_masks(network, prune.find_masks(network, method, sparsity, **choice))

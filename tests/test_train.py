@@ -232,7 +232,7 @@ def test_fine_tuning_prunes_as_much_as_was_asked_for_and_leaves_the_dense_networ
     digits = load("digits", ROOT / "inputs")
     config = Config("digits", precision="fp32", scope=scope, finetune_epochs=2, unit_lasso=1.0)
     dense = SmallNetwork()
-    engine, batches = train.prepare(dense, digits, config, 0, epochs=2, peak=5e-3, masks=None)
+    engine, batches = train.make_engine(dense, digits, config, 0, epochs=2, peak=5e-3, masks=None)
     engine.train_epoch(batches)
     before = {name: weight.clone() for name, weight in dense.state_dict().items()}
     masks = prune.find_masks(dense, method, 0.8, scope=scope)
