@@ -34,8 +34,9 @@ def shrink(model: nn.Module) -> nn.Module:
 
     A unit goes when its outgoing weights are all zero, or its incoming ones: the constant that it then sends moves into
     the biases of the next layer (without biases, only units that send zero go). One unit of every layer stays. An MLP
-    is an nn.Sequential, nested or not, or has a method ``chain()`` that returns its modules in running order: Linear,
-    with elementwise layers, Flatten and BatchNorm1d between, anything after the last. ValueError, TypeError: others.
+    is an nn.Sequential, or has a method ``chain()`` that returns its modules in running order: Linear, with elementwise
+    layers, Flatten, BatchNorm1d and nested MLPs (but none with hooks) between; anything after the last Linear.
+    Raises: ValueError, TypeError: others.
 
     >>> model = nn.Sequential(nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, 10))
     >>> _ = nn.init.zeros_(model[0].weight[:75])
@@ -84,8 +85,8 @@ def _links(model: nn.Module) -> list[tuple[Any, Any]]:
     parameters = [parameter for module in chain for parameter in module.parameters()]
     if len(set(parameters)) < len(parameters):
         raise ValueError("layers share parameters: no unit of one can go without that of the other")
-    if any(chain[start].out_features != chain[end].in_features for start, end in pairwise(linear)):
-        raise ValueError("a Linear layer takes more than the outputs of the one before it")
+    if any(len(chain[start].weight) != chain[end].weight.shape[1] for start, end in pairwise(linear)):
+        raise ValueError("a Linear layer takes another number of values than the one before it gives")
     if wrong := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
         raise ValueError(f"{wrong[0]} has NaN or infinite values: removing units could hide them")
     return [(nn.Sequential(*chain[start:end]), chain[end]) for start, end in pairwise(linear)]

@@ -120,7 +120,6 @@ def read_progress(config: Config, seeds: Iterable[int]) -> dict[int, list[Row]]:
             continue
         checksum, _, text = path.read_text(encoding="utf-8", errors="replace").partition("\n")
         if checksum == _checksum(config, seed, text):
-            say(f"read {path}")
             found[seed] = [Row(*values) for values in json.loads(text)]
         else:
             warn(f"{path} is damaged, or of another run: it is not used")

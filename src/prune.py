@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -276,7 +277,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     with torch.no_grad():
         for count, batch in enumerate(batches, start=1):  # noqa: B007
             inputs = batch[0] if isinstance(batch, tuple | list) else batch
-            trial(inputs.to(next(iter(trial.state_dict().values()), inputs).device))
+            trial(inputs.to(next(chain(trial.parameters(), trial.buffers()), inputs).device))
     if not count:
         raise ValueError("recalibrate needs at least one batch")
     for own, norm in norms:

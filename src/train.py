@@ -46,9 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_outputs(config)
     announce(dataset, config)
 
-    seeds, (rank, ranks) = range(config.seed, config.seed + config.seeds), system.torchrun_rank()
-    rows_of = files.read_progress(config, seeds)  # of a run that was stopped
-    for seed in sorted({*seeds[rank::ranks]} - {*rows_of}):  # torchrun's ranks share the seeds
+    seeds = range(config.seed, config.seed + config.seeds)
+    rank, ranks = system.torchrun_rank()  # 0, 1 without torchrun, whose ranks share the seeds
+    rows_of = files.read_progress(config, seeds[rank::ranks])  # of a run that was stopped
+    if rows_of:
+        say(f"done before: seed {', '.join(map(str, rows_of))}")
+    for seed in (seed for seed in seeds[rank::ranks] if seed not in rows_of):
         torch.manual_seed(seed)
         if config.model is None:
             model = NeuralNetwork().to(device)
@@ -59,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for method in config.methods:
             rows_of[seed] += sweep(model, method, dataset, config, seed)  # through prune.py's masks at every k
         files.write_progress(config, seed, rows_of[seed])
-    rows_of |= files.read_progress(config, {*seeds} - {*rows_of})  # of other ranks
+    rows_of |= files.read_progress(config, (seed for seed in seeds if seed not in rows_of))  # of other ranks
     if len(rows_of) < len(seeds):
         say("other ranks are not done: the one that ends last reports")
         return 0
@@ -67,9 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows, text = [row for seed in seeds for row in rows_of[seed]], title(dataset, config)
     say(f"{utils.format_table(rows)}\n{utils.format_facts(rows)}")
     utils.write_csv(files.output(config, "accuracy_sparsity.csv"), rows)
-    others = utils.LENET_300_100 if config.finetune_epochs and dataset.name == "mnist" and not config.model else ()
+    comparable = config.finetune_epochs and dataset.name == "mnist" and not config.model  # also retrained, from dense
+    published = utils.LENET_300_100 if comparable else ()
     drawn = draw(config, "accuracy_sparsity", utils.plot_accuracy_sparsity, rows, text)
-    drawn &= draw(config, "accuracy_weights", utils.plot_accuracy_weights, rows, text, others)
+    drawn &= draw(config, "accuracy_weights", utils.plot_accuracy_weights, rows, text, published)
     if config.costs:
         drawn &= report_costs(rows, text, dataset, config)
     return finish(drawn, dataset, config)
@@ -109,7 +113,8 @@ def check_outputs(config: Config) -> None:
 
 def train(model: nn.Module, dataset: Dataset, config: Config, seed: int) -> None:
     """Train a network in place, a line an epoch; that of the first seed is saved."""
-    masks = partial(random_masks, model, seed=seed, **pruning(config)) if config.every_k else None
+    choice = pruning(config) | {"prune_output": False}  # classes are needed to learn
+    masks = partial(random_masks, model, seed=seed, **choice) if config.every_k else None
     options = {"masks": masks, "unit_lasso": config.unit_lasso}
     engine, batches = make_engine(model, dataset, config, seed, config.epochs, config.learning_rate, **options)
     what = "Held-out" if config.holdout else "Testing"

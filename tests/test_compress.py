@@ -300,7 +300,7 @@ REFUSED = [
     (torchvision.models.resnet18(), "this is a ResNet, .* Torch-Pruning"),
     (nn.Sequential(hooked(nn.ReLU())[0], nn.Linear(3, 4), hooked(nn.ReLU()), nn.Linear(4, 2)), "2.0 is a ReLU"),
     (nn.Sequential(nn.Linear(3, 4), hooked(nn.Sequential(nn.ReLU()))[0], nn.Linear(4, 2)), "1 is a Sequential"),
-    (nn.Sequential(nn.Linear(3, 4), nn.Flatten(), nn.Linear(12, 2)), "takes more than the outputs"),
+    (nn.Sequential(nn.Linear(3, 4), nn.Flatten(), nn.Linear(12, 2)), "takes another number of values"),
     (nn.Sequential(SHARED, nn.ReLU(), SHARED), "share parameters"),
     (nn.Sequential(nn.Linear(4, 4), NORM, nn.Linear(4, 4), NORM, nn.Linear(4, 4)), "share parameters"),
     (nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))), "0 is a ParametrizedLinear.*permanent"),

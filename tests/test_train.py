@@ -375,7 +375,7 @@ def test_a_run_that_is_stopped_goes_on_after_the_last_whole_seed(tmp_path, train
     assert len(stop_before(1, tmp_path / "stopped", trained, *flags)) == 1
     assert run_digits(tmp_path / "stopped", *flags) == 0
     assert trained == [1]
-    assert re.search("^read .*digits_accuracy_sparsity_seed_0", capsys.readouterr().out, re.M)
+    assert "\ndone before: seed 0\n" in capsys.readouterr().out
     assert files(tmp_path / "stopped") == files(tmp_path / "undisturbed")
     model = (tmp_path / "undisturbed/models/digits_model.bin").read_bytes()
     assert (tmp_path / "stopped/models/digits_model.bin").read_bytes() == model
