@@ -74,7 +74,7 @@ def weight_mask(weight: Tensor, sparsity: float) -> Tensor:
     >>> weight_mask(torch.tensor([0.5, -0.1, -2.0, 0.1]), sparsity=0.5)
     tensor([ True, False,  True, False])
     """
-    return _select([_checked("weight", weight, finite=True)], _fraction(sparsity), magnitude=True)[0]
+    return _select({"weight": _checked("weight", weight)}, _fraction(sparsity), magnitude=True)[0]
 
 
 def unit_mask(weight: Tensor, sparsity: float, dim: int = 0) -> Tensor:
@@ -87,10 +87,12 @@ def unit_mask(weight: Tensor, sparsity: float, dim: int = 0) -> Tensor:
     >>> unit_mask(torch.tensor([[3.0, 4.0], [0.3, 0.4]]), sparsity=0.5).tolist()
     [[True, True], [False, False]]
     """
-    weight = _checked("weight", weight, finite=True)
+    weight = _checked("weight", weight)
     if isinstance(dim, bool) or not isinstance(dim, int | np.integer) or not -weight.dim() <= dim < weight.dim():
         raise ValueError(f"dim must be an integer, one of weight's {weight.dim()} dimensions, got {dim!r}")
-    (keep,) = _select([_unit_norm(weight.transpose(0, dim))], _fraction(sparsity))
+    norm = _unit_norm(weight.transpose(0, dim))
+    _checked("weight", weight, finite=not norm.isfinite().all())
+    (keep,) = _select({"weight": norm}, _fraction(sparsity))
     return keep.expand_as(weight.transpose(dim, -1)).transpose(dim, -1).contiguous()
 
 
@@ -138,7 +140,7 @@ def find_masks(
     weights, doubts = _chosen(model, skip, prune_output, only)
     masks: dict[str, Tensor] = {}
     for group in [weights] if scope == "global" else [[weight] for weight in weights]:
-        scores = [_scored(weight, method, generator) for weight in group]
+        scores = {weight.names[0]: _scored(weight, method, generator) for weight in group}
         for weight, keep in zip(group, _select(scores, sparsity, METHODS[method] is torch.abs), strict=True):
             masks |= weight.masks(keep)
     names = [weight.names[0] for weight in weights if weight.parameter.numel()]
@@ -438,7 +440,7 @@ def _checked(name: str, tensor: Any, in_place: bool = False, finite: bool = Fals
 def _scored(weight: _Weight, method: str, generator: torch.Generator) -> Tensor:
     """Scores of a weight, of its own shape or (units,). Magnitudes are left to be taken block by block."""
     score, name = METHODS[method], weight.names[0]
-    tensor = _checked(name, weight.parameter, in_place=True, finite=True)
+    tensor = _checked(name, weight.parameter, in_place=True, finite=score is not torch.abs)
     if score is torch.abs:
         return tensor
     gradient, turned = weight.parameter.grad, weight.turned(tensor)
@@ -460,24 +462,24 @@ def _scored(weight: _Weight, method: str, generator: torch.Generator) -> Tensor:
     return scores.detach() if scores.dim() == 1 else weight.turned(scores.detach())
 
 
-def _select(ranked: Sequence[Tensor], sparsity: float, magnitude: bool = False) -> list[Tensor]:
+def _select(ranked: Mapping[str, Tensor], sparsity: float, magnitude: bool = False) -> list[Tensor]:
     """Masks that prune exactly round(sparsity * n) of n scores: the lowest, of equal ones the earlier first.
 
     They rank by score, then by position, so that no two are equal. The last to prune most likely lies between two of a
     sample: all are compared with these, the few between are sorted. NumPy is several times faster here than torch.
     Source: Floyd and Rivest, "Expected Time Bounds for Selection" (1975).
     """
-    dtype = torch.float64 if any(scores.dtype == torch.float64 for scores in ranked) else torch.float32
-    masks = [torch.empty(scores.shape, dtype=torch.bool, device="cpu") for scores in ranked]
-    total = sum(scores.numel() for scores in ranked)
+    dtype = torch.float64 if any(scores.dtype == torch.float64 for scores in ranked.values()) else torch.float32
+    masks = [torch.empty(scores.shape, dtype=torch.bool, device="cpu") for scores in ranked.values()]
+    total = sum(scores.numel() for scores in ranked.values())
     stay = total - round(sparsity * total)
     step = 6 * int(total ** (1 / 3) / 16) + 1  # 1 for few scores; out of step with rows of 2, 3, 4, 6, … scores
     blocks, samples, start = [], [], 0
-    for scores, mask in zip(ranked, masks, strict=True):
+    for (name, scores), mask in zip(ranked.items(), masks, strict=True):
         flat = scores.reshape(-1)
         samples.append(flat[-start % step :: step].to("cpu", dtype).numpy())
         for part, keep in zip(flat.split(BLOCK), mask.view(-1).split(BLOCK), strict=True):
-            blocks.append((start, part, keep.numpy()))
+            blocks.append((name, start, part, keep.numpy()))
             start += len(part)
     sample = np.abs(np.concatenate(samples)) if magnitude else np.concatenate(samples)
     ordered, share = np.sort(sample), stay / max(total, 1)
@@ -486,9 +488,11 @@ def _select(ranked: Sequence[Tensor], sparsity: float, magnitude: bool = False) 
     while True:
         low, high = (_bound(sample, ordered, math.ceil(gone + side) - 1, step) for side in (-margin, margin))
         kept, indices, between = 0, [], []
-        for start, part, keep in blocks:
+        for name, start, part, keep in blocks:
             values = part.to("cpu", dtype).numpy()
-            values = np.abs(values) if magnitude else values
+            if magnitude:
+                values = np.abs(values)
+                _checked(name, part, finite=not math.isfinite(values.max(initial=0)))
             kept += int(np.count_nonzero(_after(values, start, high, out=keep)))
             indices.append(np.flatnonzero(_after(values, start, low) ^ keep))
             between.append(values[indices[-1]])
@@ -497,14 +501,14 @@ def _select(ranked: Sequence[Tensor], sparsity: float, magnitude: bool = False) 
             break
         margin *= 4  # the sample misled
     after = _after(rest, 0, _bound(rest, np.sort(rest), kept + len(rest) - stay - 1))
-    for (_, _, keep), index in zip(blocks, indices, strict=True):
+    for (*_, keep), index in zip(blocks, indices, strict=True):
         keep[index], after = after[: len(index)], after[len(index) :]
-    return [mask.to(scores.device) for mask, scores in zip(masks, ranked, strict=True)]
+    return [mask.to(scores.device) for mask, scores in zip(masks, ranked.values(), strict=True)]
 
 
 def _bound(scores: np.ndarray, ordered: np.ndarray, rank: int, step: int = 1) -> tuple[float, int]:
     """The score of a rank and its position, if positions are a step apart; out of range, one before or after all."""
-    if not 0 <= rank < len(scores):
+    if not 0 <= rank < len(scores) or np.isnan(ordered[rank]):
         return (-math.inf, -1) if rank < 0 else (math.inf, step * len(scores))
     equal = np.flatnonzero(scores == ordered[rank])
     return ordered[rank], step * int(equal[rank - np.searchsorted(ordered, ordered[rank])])
