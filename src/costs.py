@@ -33,7 +33,7 @@ class CostRow:
 
 
 def measure_costs(model: nn.Module, rows: Sequence[Row], images: Tensor, **pruning: Any) -> list[CostRow]:
-    """Measure the network of every row, pruned as `pruning` says, in each form that suits it, at each batch size."""
+    """Measure each row's network, pruned as `pruning` says, in each form that suits it, on 1 and 256 of `images`."""
     turns: list[tuple[CostRow, nn.Module, list[Any]]] = []
     dense_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
     for row in rows:

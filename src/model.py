@@ -49,10 +49,12 @@ class NeuralNetwork(nn.Module):
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> Self:
         """A network whose sizes and type are those of the weights ``fc1.weight`` … ``fcN.weight``, each (out, in).
 
-        Raises: ValueError: its names, shapes, types or values are not of such a network.
+        Raises: TypeError: `state` is no dict. ValueError: its names, shapes, types or values are not of such a network.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be a dict of weights by name, got {type(state).__name__}")
         names = [f"fc{number}.weight" for number in range(1, len(state) + 1)]
-        if not isinstance(state, Mapping) or not names or {*state} != {*names}:
+        if not names or {*state} != {*names}:
             raise ValueError(f"not a NeuralNetwork: expected fc1.weight, fc2.weight, ..., got {[*state]!s:.100}")
         for name, weight in state.items():
             dense = isinstance(weight, Tensor) and weight.layout is torch.strided and not weight.is_meta

@@ -37,7 +37,10 @@ bar = partial(tqdm, leave=False, disable=None)  # None: only on a terminal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train, prune at every k, plot; return the exit status. SystemExit, OSError, ValueError, FloatingPointError."""
+    """Train, prune at every k, plot; return the exit status: 1 if a plot could not be drawn.
+
+    Raises: SystemExit: 2 for a bad setting, 0 after `--help`. OSError, ValueError, FloatingPointError: what went wrong.
+    """
     config = parse_config(argv)
     device = pick_device(config.device)
     dataset = load(config.dataset, config.inputs, holdout=config.holdout, device=device)
@@ -137,9 +140,9 @@ def make_engine(
     optimizer = Adam(model.parameters(), lr=peak, weight_decay=config.weight_decay, fused=True)
     # Of one step in all, the schedule makes its lowest rate, at which nothing is learned.
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=max(steps, 2))
-    options["precision"] = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    options |= {"label_smoothing": config.label_smoothing, "masks": masks and masks(steps=steps)}
-    return Engine(model, optimizer, scheduler=schedule, **options), batches
+    precision = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    options |= {"masks": masks and masks(steps=steps), "label_smoothing": config.label_smoothing}
+    return Engine(model, optimizer, scheduler=schedule, precision=precision, **options), batches
 
 
 def evaluate(model: nn.Module, dataset: Dataset) -> float:
@@ -200,7 +203,7 @@ def pruning(config: Config) -> dict[str, Any]:
 def report_costs(rows: list[Row], text: str, dataset: Dataset, config: Config) -> bool:
     """CSV, table and plot of what the first network costs when it is pruned; returns whether the plot was drawn."""
     path = config.model or files.output(config, "model.bin")
-    if not files.read_progress(config, [config.seed]):  # where it is another file than when they were written
+    if not files.read_progress(config, [config.seed]):  # rows count only beside the very file that they are of
         raise ValueError(f"no costs: {path} may be another network than that of these rows")
     model = files.load_model(path).to(dataset.test_images.device)
     own = [row for row in rows if row.seed == rows[0].seed and row.method in ("weight", "unit")]

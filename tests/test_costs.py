@@ -1,4 +1,5 @@
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -95,6 +96,13 @@ def test_figures_of_odd_costs_can_be_drawn(changes, tmp_path):
     rows = [dataclasses.replace(row, k_percent=100.0) if row.k_percent == 99 else row for row in make_costs(**changes)]
     save_figure(tmp_path / "c.png", plot_cost_sparsity(rows, "a title"))
     assert format_costs(rows)
+
+
+def test_a_terminal_shows_how_far_the_measurement_is(monkeypatch, capsys):
+    monkeypatch.setattr(costs, "ROUND_SECONDS", 1e-4)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    measure_costs(NeuralNetwork((30, 20, 10)), [Row(0, "weight", "layer", 0.0, 0.0, 0, 90.0)], torch.rand(300, 30))
+    assert "costs:   0%|" in capsys.readouterr().err
 
 
 def test_measured_costs_are_those_of_the_pruned_networks(monkeypatch, capsys):

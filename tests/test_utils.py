@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -252,14 +253,25 @@ def test_figures_are_saved_by_their_suffix_and_equal_ones_equally(tmp_path):
         utils.save_figure(tmp_path / "a.bmpp", figure)
 
 
-def test_what_is_slow_to_import_or_not_everywhere_is_imported_only_for_what_needs_it():
+def test_what_is_slow_to_import_or_not_everywhere_is_imported_only_for_what_needs_it(tmp_path):
+    for name in ("prune.py", "compress.py"):
+        shutil.copy(ROOT / "src" / name, tmp_path)
+    for name in ("config.py", "model.py", "utils.py", "system.py"):  # a user's own, of the same names
+        (tmp_path / name).write_text("raise ImportError('this is not the project')")
     code = """if True:
-        import sys, torch, numpy
+        import io, sys, torch, numpy
 
         before = {name.partition(".")[0] for name in sys.modules} | set(sys.stdlib_module_names)
-        import prune
-        assert {name.partition(".")[0] for name in sys.modules} - before == {"prune"}
+        sys.path.insert(0, sys.argv[1])  # the two files alone
+        import prune, compress
+        network = torch.nn.Sequential(torch.nn.Linear(9, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))
+        pruned = prune.prune_model(network, "weight", 0.9)
+        compress.save_compressed(compress.shrink(pruned), io.BytesIO())
+        compress.to_sparse(pruned)(torch.rand(64, 9))
+        assert prune.__file__.startswith(sys.argv[1]) and compress.__file__.startswith(sys.argv[1])
+        assert {name.partition(".")[0] for name in sys.modules} - before == {"prune", "compress"}
 
+        sys.path[0] = sys.argv[2]
         import engine
         model = torch.nn.Linear(2, 2)
         optimizer = engine.Adam(model.parameters(), fused=True)
@@ -272,7 +284,7 @@ def test_what_is_slow_to_import_or_not_everywhere_is_imported_only_for_what_need
         utils.new_figure(1, 1, "a title")
         assert "matplotlib.figure" in sys.modules and "matplotlib.pyplot" not in sys.modules
     """
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT / "src", check=True)
+    subprocess.run([sys.executable, "-c", code, tmp_path, ROOT / "src"], cwd=ROOT, check=True)
 
 
 # ── plots ──
